@@ -1,0 +1,54 @@
+# Every action of the project, one line each; `make` lists them. Needs Python 3.11+, make and a compiler.
+PYTHON ?= python3
+RECIPE ?= int4
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+STAMP := .venv/.setup-done
+DEMO := build/demo-android
+
+# What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
+TEXTS := MODEL OUT RECIPE BUNDLE IMAGE QUESTION DATA
+$(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
+export $(TEXTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check export-android verify ask clean
+
+help:  ## list the actions
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
+
+setup: $(STAMP)  ## .venv with pinned packages (on Linux TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids CUDA)
+
+demo: $(STAMP)  ## export the carried checkpoint to build/demo-android, prove it, ask it about a sample image
+	@rm -rf $(DEMO)
+	@$(PY) -m demo.run --out $(DEMO)
+
+test: $(STAMP)  ## run all tests
+	@$(PY) -m pytest
+
+check: $(STAMP)  ## format, lint, types
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+
+export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [RECIPE=int4] [DATA=documents.jsonl]
+	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${DATA:+--data="$$DATA"}
+
+verify: $(STAMP)  ## BUNDLE=folder
+	@$(PY) -m runtimes.verify -- "$${BUNDLE:?is missing: the folder of a bundle}"
+
+ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
+	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
+
+clean:  ## remove the demo's bundle and every cache (.venv and other builds stay)
+	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules
+	@find $(wildcard benchmarks demo device_harness export quantize router_client runtimes tests) -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first: where an index is named it gives torch alone, and later steps find it installed.
+# torchvision is an oracle of tests and stays out of the environment: beside another build of torch its import fails,
+# and with it transformers' own. Tests that want it put .venv/oracle on sys.path.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=...")'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)') "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable '.[export,demo,dev]'
+	$(PIP) --no-deps --upgrade --target .venv/oracle "$$(grep '^torchvision==' constraints.txt)"
+	@touch $@

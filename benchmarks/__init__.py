@@ -1,0 +1,1 @@
+"""What needs a model and its bundle, and what measures."""

@@ -1,0 +1,1 @@
+"""Runs bundles on devices."""

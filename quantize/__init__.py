@@ -1,0 +1,1 @@
+"""Fewer bits: NumPy in, NumPy out, no knowledge of models."""

@@ -1,0 +1,1 @@
+"""Answers here or asks the marketplace, never by surprise."""

@@ -1,0 +1,1 @@
+"""What a bundle is, and everything that runs one."""

@@ -1,0 +1,260 @@
+"""The shape of the project: who imports whom, what needs which package, how entries and `make` behave.
+
+Imports are read from the source, so those inside functions count. Not covered: imports by a computed name.
+"""
+
+import ast
+import fnmatch
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# folder -> the folders of ours that it may import
+IMPORTS: dict[str, set[str]] = {
+    "quantize": set(),
+    "runtimes": set(),
+    "router_client": set(),
+    "export": {"quantize", "runtimes"},
+    "device_harness": {"runtimes"},
+    "demo": {"export", "runtimes"},
+    "benchmarks": {"demo", "device_harness", "export", "quantize", "router_client", "runtimes"},
+}
+EXCEPTIONS = {"runtimes/ask.py": {"router_client"}}  # only when a route to a cloud model is asked for
+
+# folder -> all that it may import from outside of the standard library: a device has nothing else
+PACKAGES: dict[str, set[str]] = {
+    "quantize": {"numpy"},
+    "runtimes": {"numpy", "onnxruntime", "PIL", "tokenizers"},
+    "router_client": set(),
+}
+
+# Names of what is made on a machine and is no part of the project, as patterns.
+BUILT = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split())]
+MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|farm|root|home/[\w.-]+|Users/[\w.-]+)/|\b[A-Z]:\\+Users\\")
+
+
+def project_files(top: Path = ROOT) -> Iterator[Path]:
+    for folder, inner, names in os.walk(top):
+        inner[:] = [name for name in inner if not any(fnmatch.fnmatch(name, pattern) for pattern in BUILT)]
+        yield from (Path(folder) / name for name in names)
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted(p for p in project_files(ROOT / folder) if p.suffix == ".py")
+
+
+def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """(line, top-level name) of every import statement; a relative import is one of `package`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, package if node.level else (node.module or "").partition(".")[0]
+
+
+def forbidden(path: Path, folder: str, source: str) -> list[str]:
+    """Every import of `source` that the two tables do not allow, as `file:line imports name`."""
+    where = path.relative_to(ROOT).as_posix()
+    allowed = {folder} | IMPORTS[folder] | EXCEPTIONS.get(where, set())
+    found = []
+    for line, name in imported(source, folder):
+        ours = name in IMPORTS or name == "tests"
+        outside = not ours and name not in sys.stdlib_module_names
+        if (ours and name not in allowed) or (outside and name not in PACKAGES.get(folder, {name})):
+            found.append(f"{where}:{line} imports {name}")
+    return found
+
+
+def entries() -> list[str]:
+    """Dotted names of the modules with a main() of their own."""
+    names = []
+    for path in (p for folder in IMPORTS for p in modules(folder)):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in body):
+            names.append(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    return names
+
+
+@pytest.mark.parametrize("folder", IMPORTS)
+def test_a_folder_imports_only_what_the_table_allows(folder: str) -> None:
+    paths = modules(folder)
+    assert paths, f"{folder}/ has no module"
+    assert [fault for p in paths for fault in forbidden(p, folder, p.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("where", "source"),
+    [
+        ("runtimes/new.py", "import torch"),
+        ("runtimes/new.py", "def f():\n    from export.spec import ModelSpec"),
+        ("runtimes/new.py", "import router_client.policy"),
+        ("quantize/new.py", "import onnx_ir as ir"),
+        ("quantize/new.py", "import runtimes"),
+        ("router_client/new.py", "import numpy"),
+        ("export/new.py", "from demo import documents"),
+        ("demo/new.py", "import quantize.int4"),
+        ("export/new.py", "from tests.checkpoints import make_checkpoint"),
+    ],
+)
+def test_the_tables_refuse_a_forbidden_import(where: str, source: str) -> None:
+    assert forbidden(ROOT / where, where.partition("/")[0], source)
+
+
+@pytest.mark.parametrize(
+    ("where", "source"),
+    [
+        ("runtimes/ask.py", "from router_client import policy"),
+        ("runtimes/new.py", "from . import bundle\nimport numpy, json"),
+        ("export/new.py", "import torch\nfrom quantize.int4 import pack"),
+    ],
+)
+def test_the_tables_accept_an_allowed_import(where: str, source: str) -> None:
+    assert forbidden(ROOT / where, where.partition("/")[0], source) == []
+
+
+@pytest.mark.parametrize("folder", IMPORTS)
+def test_a_top_level_name_resolves_to_this_checkout(folder: str) -> None:
+    spec = importlib.util.find_spec(folder)
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).resolve() == ROOT / folder / "__init__.py"
+
+
+def test_every_top_level_package_is_in_the_table() -> None:
+    packages = {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    assert packages - {"tests"} == set(IMPORTS)
+
+
+@pytest.mark.parametrize("folder", IMPORTS)
+def test_every_public_function_but_main_has_a_docstring(folder: str) -> None:
+    bare = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in modules(folder)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name != "main" and not node.name.startswith("_")
+        if ast.get_docstring(node) is None
+    ]
+    assert bare == []
+
+
+def test_there_is_no_drawer_for_everything() -> None:
+    names = {"core", "common", "util", "utils", "helpers", "misc"}
+    found = [p for p in project_files() if names & {*p.relative_to(ROOT).parts[:-1], p.stem}]
+    assert found == []
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, tuple[object, str]]:
+    """Of every entry, run as `python -m` runs it: exit code and output of --help. One process: torch loads once."""
+    script = """
+import contextlib, io, json, runpy, sys, traceback
+results = {}
+for module in sys.argv[1:]:
+    out, code = io.StringIO(), "no exit"
+    sys.argv = [module, "--help"]
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as exc:
+            code = exc.code
+        except BaseException:  # whatever it is, it belongs to this entry's test, and the next entry still runs
+            code = traceback.format_exc()
+    results[module] = code, out.getvalue()
+json.dump(results, sys.stdout)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, *entries()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    results: dict[str, tuple[object, str]] = json.loads(done.stdout)
+    return results
+
+
+@pytest.mark.parametrize("module", entries())
+def test_an_entry_explains_itself(module: str, helps: dict[str, tuple[object, str]]) -> None:
+    code, out = helps[module]
+    assert code in (0, None), code
+    assert out.startswith("usage:")
+    assert "--help" in out
+
+
+def test_no_file_names_a_path_of_a_machine() -> None:
+    found = []
+    for path in project_files():
+        data = path.read_bytes()
+        if b"\0" in data[:8192]:
+            continue
+        for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+            if match := MACHINE_PATH.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number} {match.group()}")
+    assert found == []
+
+
+@pytest.mark.parametrize("path", ["work/main/x", "home/ann/x", "root/x", "Users/ann/x"])
+def test_the_search_for_machine_paths_finds_one(path: str) -> None:
+    assert MACHINE_PATH.search(f'open("/{path}")')
+    assert not MACHINE_PATH.search(f"https://host.example/{path}")
+
+
+def test_no_lock_file_names_an_index() -> None:
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert "://" not in constraints
+    assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+", line) for line in constraints.splitlines())
+    lock = json.loads((ROOT / "tests" / "transformersjs" / "package-lock.json").read_text(encoding="utf-8"))
+    assert [name for name, package in lock["packages"].items() if "resolved" in package] == []
+
+
+def make(*arguments: str, python: Path) -> subprocess.CompletedProcess[str]:
+    """Runs make with `python` in place of .venv's, and .venv taken as it is."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    outer = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}  # of the make that runs the tests
+    environment = {key: value for key, value in os.environ.items() if key not in outer}
+    command = ["make", "--no-print-directory", "--old-file=.venv/.setup-done", f"PY={python}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def echo(tmp_path: Path) -> Path:
+    """A program that prints its arguments as JSON."""
+    path = tmp_path / "echo"
+    path.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_make_hands_over_a_question_word_for_word(echo: Path) -> None:
+    question = """ What's the "total"? $HOME $$ `id` $(shell id) \\n #1 ; & é """.strip()
+    done = make("ask", "BUNDLE=a b", "IMAGE=it's.png", f"QUESTION={question}", python=echo)
+    assert json.loads(done.stdout) == ["-m", "runtimes.ask", "--image=it's.png", "--", "a b", question]
+
+
+def test_make_uses_the_default_recipe_and_hands_over_a_named_one(echo: Path) -> None:
+    want = ["-m", "export.android", "--model=m@main", "--out=o o"]
+    done = make("export-android", "MODEL=m@main", "OUT=o o", python=echo)
+    assert json.loads(done.stdout) == [*want, "--recipe=int4"]
+    done = make("export-android", "MODEL=m@main", "OUT=o o", "RECIPE=int8", "DATA=d.jsonl", python=echo)
+    assert json.loads(done.stdout) == [*want, "--recipe=int8", "--data=d.jsonl"]
+
+
+@pytest.mark.parametrize("action", ["ask", "verify", "export-android"])
+def test_make_says_what_is_missing(action: str, echo: Path) -> None:
+    done = make(action, python=echo)
+    assert done.returncode != 0
+    assert re.search(r"\b(MODEL|BUNDLE|IMAGE): is missing", done.stderr)
+
+
+def test_make_lists_every_action(echo: Path) -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert phony is not None
+    listed = re.findall(r"^  make (\S+)", make(python=echo).stdout, re.MULTILINE)
+    assert sorted(listed) == sorted(phony.group(1).split())
