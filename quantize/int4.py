@@ -1,0 +1,216 @@
+"""Weights in 4 or 8 bits: blocks with a scale and a zero point, or one scale per output channel.
+
+Both formats are affine, w = scale * (q - zero), and every scale is representable in fp16, rounded before
+the integers are chosen: ONNX (fp32 scales) and Core ML (fp16 scales) carry the same integers.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+CHUNK = 1 << 18  # weights worked on at a time by a thread: the temporaries stay in cache
+SHRINK = (1.0, 0.92, 0.84)  # ranges tried, as a part of the block's full range
+FP16_MAX, FP16_TINY = 65504.0, 2.0**-24
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A matrix in blocks along its rows (the layout of ONNX Runtime's MatMulNBits).
+
+    packed: u8 [N, blocks, block * bits / 8], the low nibble first; a row's last block is padded with zero points.
+    scales: f16 [N, blocks].
+    zeros: u8 [N, blocks], one zero point each (not packed).
+    shape: (N, K) of the matrix.
+    """
+
+    packed: U8
+    scales: npt.NDArray[np.float16]
+    zeros: U8
+    shape: tuple[int, int]
+    bits: int
+    block: int
+
+
+@dataclass(frozen=True)
+class ColumnTensor:
+    """A matrix in signed 8 bits with one scale per output channel (a column of ONNX's B).
+
+    values: i8 [N, K]; scales: f16 [N]; the zero point is 0.
+    """
+
+    values: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float16]
+
+
+def pack(values: U8, bits: int) -> U8:
+    """u8 [..., n] with values below 2**bits -> u8 [..., n * bits / 8], the low nibble first."""
+    if bits == 8:
+        return values
+    return np.ascontiguousarray(values[..., 0::2] | (values[..., 1::2] << 4))
+
+
+def unpack(packed: U8, bits: int) -> U8:
+    """The inverse of `pack`."""
+    if bits == 8:
+        return packed
+    out = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=np.uint8)
+    out[..., 0::2] = packed & 15
+    out[..., 1::2] = packed >> 4
+    return out
+
+
+def _fp16_scale(scale: F32) -> F32:
+    """Rounded to fp16; a block too small for any scale gets 1 (its integers are then all zero points)."""
+    rounded = scale.astype(np.float16).astype(np.float32)
+    return np.where(rounded < FP16_TINY, np.float32(1), rounded)
+
+
+def _affine(w: F32, bits: int, symmetric: bool) -> tuple[U8, F32, U8]:
+    """Integers, scales and zero points of blocks w [n, block], the squared error of each minimised.
+
+    Each range of SHRINK is tried; then, for the integers of the best one, the scale is the least-squares
+    solution sum(w (q - z)) / sum((q - z)^2), and the integers are chosen again. A step is kept only where
+    it lowers the block's error.
+    """
+    top = np.float32(2**bits - 1)
+    mid = np.float32(2 ** (bits - 1))
+    low = np.minimum(w.min(axis=1), 0)
+    high = np.maximum(w.max(axis=1), 0)
+    if symmetric:
+        full = np.maximum(-low / mid, high / (mid - 1))
+    else:
+        full = (high - low) / top
+    if (peak := float(full.max(initial=0))) > FP16_MAX:
+        raise ValueError(f"a block needs the scale {peak:.3g}, beyond fp16's {FP16_MAX:.0f}")
+
+    q, t = np.empty_like(w), np.empty_like(w)
+
+    def round_to(scale: F32, zero: F32) -> npt.NDArray[np.float32]:
+        """Fills q with q - z, returns each block's squared error."""
+        np.multiply(w, (1 / scale)[:, None], out=q)
+        np.rint(q, out=q)
+        np.clip(q, -zero[:, None], (top - zero)[:, None], out=q)
+        np.multiply(q, scale[:, None], out=t)
+        np.subtract(t, w, out=t)
+        error: F32 = np.einsum("ij,ij->i", t, t)
+        return error
+
+    best: F32 | None = None
+    for shrink in SHRINK:
+        scale = _fp16_scale(full * np.float32(shrink))
+        zero = np.full_like(scale, mid) if symmetric else np.clip(np.rint(-low * np.float32(shrink) / scale), 0, top)
+        error = round_to(scale, zero)
+        if best is None:
+            best, scales, zeros = error, scale, zero
+        else:
+            better = error < best
+            best = np.where(better, error, best)
+            scales = np.where(better, scale, scales)
+            zeros = np.where(better, zero, zeros)
+    assert best is not None
+    round_to(scales, zeros)
+    weight = np.einsum("ij,ij->i", q, q)
+    solved = np.einsum("ij,ij->i", w, q) / np.maximum(weight, np.float32(1))
+    solved = _fp16_scale(np.where((weight > 0) & (solved > 0), solved, scales).astype(np.float32))
+    error = round_to(solved, zeros)
+    kept = error <= best
+    scales = np.where(kept, solved, scales)
+    if not kept.all():
+        round_to(scales, zeros)
+    np.add(q, zeros[:, None], out=q)
+    return q.astype(np.uint8), scales, zeros.astype(np.uint8)
+
+
+def _by_rows(work: Callable[[int, int], None], rows: int, rows_at_once: int) -> None:
+    """Runs work(start, stop) over row ranges in a thread for each core (NumPy releases the lock)."""
+    starts = range(0, rows, rows_at_once)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda start: work(start, min(start + rows_at_once, rows)), starts):
+            pass
+
+
+def quantize_blocks(
+    read_rows: Callable[[int, int], F32], shape: tuple[int, int], *, bits: int, block: int, symmetric: bool = False
+) -> QTensor:
+    """Quantizes a matrix, some rows at a time.
+
+    Args:
+        read_rows: (start, stop) -> f32 [stop - start, K]; called from several threads.
+        shape: (N, K). K need not be a multiple of `block`.
+        bits: 4 or 8.
+        block: weights along K that share a scale; even.
+        symmetric: zero point 2**(bits-1) everywhere; otherwise each block has its own.
+
+    Raises:
+        ValueError: bits or block out of range, or weights too large for an fp16 scale.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits is {bits}, want 4 or 8")
+    if block < 2 or block % 2:
+        raise ValueError(f"block is {block}, want an even number")
+    n, k = shape
+    blocks = -(-k // block)
+    packed = np.empty((n, blocks, block * bits // 8), dtype=np.uint8)
+    scales = np.empty((n, blocks), dtype=np.float16)
+    zeros = np.empty((n, blocks), dtype=np.uint8)
+
+    def work(start: int, stop: int) -> None:
+        rows = read_rows(start, stop)
+        if blocks * block != k:
+            rows = np.pad(rows, ((0, 0), (0, blocks * block - k)))
+        q, s, z = _affine(rows.reshape(-1, block), bits, symmetric)
+        packed[start:stop] = pack(q, bits).reshape(stop - start, blocks, -1)
+        scales[start:stop] = s.reshape(stop - start, blocks)
+        zeros[start:stop] = z.reshape(stop - start, blocks)
+
+    _by_rows(work, n, max(1, CHUNK // (blocks * block)))
+    return QTensor(packed, scales, zeros, shape, bits, block)
+
+
+def dequantize(tensor: QTensor) -> F32:
+    """The matrix that the integers stand for: f32 [N, K]."""
+    n, k = tensor.shape
+    q = unpack(tensor.packed, tensor.bits).astype(np.float32)
+    q -= tensor.zeros[..., None]
+    q *= tensor.scales[..., None].astype(np.float32)
+    return np.ascontiguousarray(q.reshape(n, -1)[:, :k])
+
+
+def quantize_columns(
+    read_rows: Callable[[int, int], F32], shape: tuple[int, int], *, reduced_range: bool = False
+) -> ColumnTensor:
+    """Signed 8 bits per output channel, symmetric; arguments as in `quantize_blocks`.
+
+    Args:
+        reduced_range: use 7 bits (-64..63), for x86 processors without VNNI, whose u8 x s8 products
+            saturate at 16 bits (ONNX Runtime's quantization documentation).
+    """
+    n, k = shape
+    values = np.empty((n, k), dtype=np.int8)
+    scales = np.empty(n, dtype=np.float16)
+    top = np.float32(63 if reduced_range else 127)
+
+    def work(start: int, stop: int) -> None:
+        w = read_rows(start, stop)
+        full = np.abs(w).max(axis=1) / top
+        if (peak := float(full.max(initial=0))) > FP16_MAX:
+            raise ValueError(f"a channel needs the scale {peak:.3g}, beyond fp16's {FP16_MAX:.0f}")
+        scale = _fp16_scale(full)
+        q = np.clip(np.rint(w / scale[:, None]), -top - 1, top)
+        values[start:stop] = q.astype(np.int8)
+        scales[start:stop] = scale
+
+    _by_rows(work, n, max(1, CHUNK // k))
+    return ColumnTensor(values, scales)
+
+
+def dequantize_columns(tensor: ColumnTensor) -> F32:
+    """The matrix that the integers stand for: f32 [N, K]."""
+    return tensor.values.astype(np.float32) * tensor.scales[:, None].astype(np.float32)
