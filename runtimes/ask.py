@@ -1,0 +1,173 @@
+"""Asks a bundle a question, about images or about nothing but the text, and prints the answer as it comes.
+
+    python -m runtimes.ask BUNDLE --image FILE "What is the total?"
+
+The answer goes to stdout, everything else to stderr. Exit code 0: answered; 1: the engine failed; 2: the
+bundle, an image or the question cannot be used; 130: interrupted.
+Not covered: more than one question; see runtimes.generate.Chat.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runtimes.bundle import BundleError, Manifest, read_bundle
+from runtimes.generate import GREEDY, Answer, Sampling, open_chat
+from runtimes.preprocess import TILE_BUDGETS, ImageError, load_image
+from runtimes.runner import EngineError, InputError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer, and what gave it."""
+
+    answer: Answer
+    manifest: Manifest
+    load_ms: float  # checking and loading the bundle
+
+
+def ask(
+    folder: Path,
+    question: str,
+    images: Sequence[Path] = (),
+    *,
+    tiles: int | None = None,
+    sampling: Sampling = GREEDY,
+    threads: int = 0,
+    allow_pending: bool = False,
+    on_text: Callable[[str], None] = lambda _: None,
+) -> Asked:
+    """Answers one question.
+
+    Args:
+        folder: a bundle.
+        question: the text, which follows the images.
+        images: image files.
+        tiles: at most this many tiles an image (1, 5, 10 or 17); None: as the bundle says.
+        sampling: how tokens are chosen.
+        threads: of the engine; 0 lets it choose.
+        allow_pending: use a bundle whose proof has not passed.
+        on_text: called with each piece of the answer as it comes.
+
+    Raises:
+        BundleError, ImageError, InputError: if something given cannot be used.
+        EngineError: if the engine fails.
+    """
+    if not question.strip():
+        raise InputError("the question is empty")
+    if threads < 0:
+        raise InputError(f"threads is {threads}, want 0 or more")
+    pictures = [load_image(path) for path in images]
+    began = time.perf_counter()
+    bundle = read_bundle(folder, allow_pending=allow_pending)
+    chat = open_chat(bundle, tiles=tiles, threads=threads, vision=bool(pictures))
+    load_ms = (time.perf_counter() - began) * 1000
+    reply = chat.ask(question, pictures, sampling)
+    for step in reply:
+        on_text(step.text)
+    return Asked(reply.answer(), bundle.manifest, load_ms)
+
+
+def summary(asked: Asked) -> dict[str, Any]:
+    """What --json prints; times in milliseconds, log-probabilities natural."""
+    answer, manifest = asked.answer, asked.manifest
+    return {
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "tokens": len(answer.ids),
+        "prompt_tokens": answer.prompt_tokens,
+        "image_tiles": answer.image_tiles,
+        "logprobs": {
+            "sum": sum(answer.logprobs),
+            "mean": sum(answer.logprobs) / len(answer.logprobs),
+            "least": min(answer.logprobs),
+        },
+        "timings": {
+            "load_ms": asked.load_ms,
+            **asdict(answer.timings),
+            "first_token_ms": answer.timings.first_token_ms,
+        },
+        "bundle": {
+            "model": manifest.model.name,
+            "version": manifest.version,
+            "recipe": manifest.recipe.name,
+            "payload_digest": manifest.payload_digest,
+            "proof": manifest.proof.state,
+        },
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    text = (__doc__ or "").partition("\n")[0]
+    command = argparse.ArgumentParser(prog="python -m runtimes.ask", description=text)
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    command.add_argument("question", metavar="QUESTION")
+    command.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    command.add_argument("--tiles", type=int, choices=TILE_BUDGETS, help="at most so many tiles an image")
+    command.add_argument("--max-new-tokens", type=int, default=GREEDY.max_new_tokens, metavar="N")
+    command.add_argument("--temperature", type=float, default=GREEDY.temperature, help="0, the default, is greedy")
+    command.add_argument("--top-k", type=int, default=GREEDY.top_k, metavar="N", help="0, the default, is no limit")
+    command.add_argument("--top-p", type=float, default=GREEDY.top_p, metavar="P")
+    command.add_argument("--repetition-penalty", type=float, default=GREEDY.repetition_penalty, metavar="X")
+    command.add_argument("--seed", type=int, default=GREEDY.seed)
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="0, the default, lets the engine choose")
+    command.add_argument("--allow-pending", action="store_true", help="use a bundle whose proof has not passed")
+    command.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = parser().parse_args(arguments)
+    shown: list[str] = []
+
+    def show(piece: str) -> None:
+        shown.append(piece)
+        print(piece, end="", flush=True)
+
+    try:
+        sampling = Sampling(
+            args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed
+        )
+        asked = ask(
+            args.bundle,
+            args.question,
+            args.image,
+            tiles=args.tiles,
+            sampling=sampling,
+            threads=args.threads,
+            allow_pending=args.allow_pending,
+            on_text=show,
+        )
+    except (BundleError, ImageError, InputError, EngineError) as exc:
+        message = " ".join(str(exc).split())
+        if shown:
+            print()
+        print(f"error: {message}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": message}))
+        return 1 if isinstance(exc, EngineError) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print()
+    answer, times = asked.answer, asked.answer.timings
+    print(
+        f"{len(answer.ids)} tokens ({answer.finish_reason}), {answer.image_tiles} tiles, {answer.prompt_tokens} prompt "
+        f"tokens; loaded in {asked.load_ms / 1000:.2f} s, first token after {times.first_token_ms / 1000:.2f} s, "
+        f"the rest in {times.decode_ms / 1000:.2f} s",
+        file=sys.stderr,
+    )
+    if args.json:
+        print(json.dumps(summary(asked), ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
