@@ -1,0 +1,1 @@
+"""The checkpoint that the repository carries: its documents, its training, its record."""
