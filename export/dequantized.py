@@ -1,0 +1,114 @@
+"""What a recipe left of the weights, as an ordinary checkpoint for `from_pretrained`.
+
+    python -m export.dequantized MODEL --recipe int4 --out FOLDER
+
+Every quantized matrix is replaced by the fp32 values that its integers stand for; everything else is
+as it was. Existing pipelines can evaluate it, and the proof compares the bundle with it.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.checkpoint import resolve
+from export.smolvlm import matrices
+from export.spec import CheckpointError, ModelSpec, read_spec, tensor_shapes
+from export.weights import Weights, open_weights
+from quantize.int4 import F32, dequantize, dequantize_columns, quantize_blocks, quantize_columns
+from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
+from runtimes.bundle import BundleError, stage_bundle
+from runtimes.tensorfile import write_tensors
+
+SHARD_BYTES = 1 << 30
+
+
+class Dequantized:
+    """A checkpoint's tensors after a recipe: quantized and dequantized as they are asked for."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, recipe: Recipe) -> None:
+        self._weights, self._recipe, self._matrices = weights, recipe, frozenset(matrices(spec))
+
+    def __getitem__(self, name: str) -> F32:
+        if name not in self._matrices:
+            return self._weights[name]
+        scheme = self._recipe.scheme(name)
+        n, k = self._weights.shape(name)
+
+        def rows(start: int, stop: int) -> F32:
+            return self._weights.rows(name, start, stop)
+
+        match scheme.format:
+            case "block":
+                blocks = quantize_blocks(rows, (n, k), bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric)
+                return dequantize(blocks)
+            case "column":
+                return dequantize_columns(quantize_columns(rows, (n, k), reduced_range=scheme.reduced_range))
+        return self._weights[name]
+
+
+def write_dequantized(folder: Path, recipe: Recipe, out: Path) -> Iterator[str]:
+    """Writes the checkpoint of `folder` after `recipe` to `out`, shard by shard; yields each shard's name.
+
+    Raises:
+        CheckpointError, BundleError: bad input; `out` exists or cannot be written (nothing is left of it).
+    """
+    spec = read_spec(folder)
+    source = Dequantized(spec, open_weights(folder, spec), recipe)
+    with stage_bundle(out) as stage:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith("model") and path.suffix != ".safetensors":
+                shutil.copyfile(path, stage / path.name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = "float32"
+        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        places: dict[str, str] = {}
+        for number, names in enumerate(_shards(spec), 1):
+            name = f"model-{number:05d}.safetensors"
+            write_tensors(stage / name, {tensor: source[tensor] for tensor in names})
+            places |= dict.fromkeys(names, name)
+            yield name
+        total = sum(4 * int(np.prod(shape)) for shape in tensor_shapes(spec).values())
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": places}
+        (stage / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _shards(spec: ModelSpec) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, shape in tensor_shapes(spec).items():
+        need = 4 * int(np.prod(shape))
+        if names and size + need > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += need
+    yield names
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m export.dequantized", description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    parser.add_argument("--recipe", default=DEFAULT, help="a shipped recipe or a .toml file (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    args = parser.parse_args()
+    try:
+        for shard in write_dequantized(resolve(args.model).folder, load_recipe(args.recipe), args.out):
+            print(f"wrote {shard}", file=sys.stderr)
+    except (CheckpointError, RecipeError, BundleError) as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    print(f"checkpoint after recipe {args.recipe} in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

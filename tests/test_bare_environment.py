@@ -1,0 +1,54 @@
+"""Running a bundle needs NumPy, Pillow, tokenizers and ONNX Runtime, and nothing else that is installed here."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+NEEDED = ("numpy", "onnxruntime", "pillow", "tokenizers")
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment's interpreter: the four packages alone, without what they name as dependencies."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    interpreter = folder / "bin" / "python"
+    wanted = [f"{name}=={importlib.metadata.version(name)}" for name in NEEDED]
+    pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet", "--no-deps", "--no-compile"]
+    done = subprocess.run([*pip, *wanted], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no package index to install from: {done.stderr.strip().splitlines()[-1]}")
+    return interpreter
+
+
+def bare(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(python), *arguments], capture_output=True, cwd=ROOT, env={}, encoding="utf-8", check=False
+    )
+
+
+def test_a_bare_environment_answers_a_question_about_an_image(python: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
+    question = [str(tiny_bundle), "--image", str(tmp_path / "red.png"), "--max-new-tokens", "4", "--json", "What?"]
+    done = bare(python, "-X", "utf8", "-m", "runtimes.ask", *question)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4
+
+
+def test_every_module_of_runtimes_is_imported_where_nothing_else_is_installed(python: Path) -> None:
+    names = [f"runtimes.{path.stem}" for path in (ROOT / "runtimes").glob("*.py") if path.stem != "__init__"]
+    code = f"""
+import importlib, importlib.metadata, json
+for name in {names!r}:
+    importlib.import_module(name)
+print(json.dumps(sorted(d.name.lower() for d in importlib.metadata.distributions())))
+"""
+    done = bare(python, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == sorted(NEEDED)

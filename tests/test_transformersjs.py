@@ -1,0 +1,278 @@
+"""A bundle, dropped into transformers.js in Node, computes what ONNX Runtime computes from Python.
+
+Fixed pixels and token ids go in, so resizing, which differs between the two, does not count. Skipped, visibly,
+where Node or npm is missing or no package registry answers. Not covered: a browser, and WebGPU.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import pytest
+
+from runtimes.preprocess import ImageSettings, read_settings
+from runtimes.prompt import ImagePart, Message, PromptEncoder
+
+pytestmark = pytest.mark.node
+
+HERE = Path(__file__).resolve().parent / "transformersjs"
+SUFFIX = {"fp32": "", "q8": "_quantized", "q4": "_q4"}  # transformers.js: dtype -> ending of the file's name
+NEW_TOKENS = 12
+SAME_KERNELS = 1e-4  # relative L2: two builds of one engine on one processor
+# The browser's engine has no int8 kernels: it multiplies dequantized weights in fp32. What int8 compute differs from
+# that is the recipe's activation error, and this is the limit that the shipped recipes set for it.
+OTHER_KERNELS = 5e-2
+# No answer from a registry is a missing need; anything else that npm says is a fault of this folder.
+UNREACHABLE = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ENETUNREACH", "ERR_SOCKET_TIMEOUT")
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides compute: a prompt of `ids` with `pixels` [N, 3, S, S], if any, and how a chat spells it."""
+
+    name: str
+    ids: list[int]
+    pixels: F32 | None
+    messages: list[dict[str, object]]
+    image_size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one side computed: features [M, C], logits of every position [T, V], greedy tokens."""
+
+    features: F32 | None
+    logits: F32
+    tokens: list[int]
+    chat_ids: list[int]
+
+
+@pytest.fixture(scope="session")
+def packages() -> None:
+    """The locked npm packages in tests/transformersjs/node_modules."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("Node.js with npm is not installed: the bundle is not tried in transformers.js")
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.removeprefix("v").partition(".")[0]) < 20:
+        pytest.skip(f"Node.js is {version}, transformers.js needs 20: the bundle is not tried in it")
+    lock, installed = HERE / "package-lock.json", HERE / "node_modules" / ".package-lock.json"
+    if installed.exists() and installed.stat().st_mtime >= lock.stat().st_mtime:
+        return
+    patience = ["--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=5000"]
+    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", *patience]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600, check=False)
+    if reason := next((code for code in UNREACHABLE if done.returncode != 0 and code in done.stderr), None):
+        pytest.skip(f"no package registry answers npm ({reason}): the bundle is not tried in transformers.js")
+    assert done.returncode == 0, done.stderr
+
+
+def make_cases(bundle: Path) -> list[Case]:
+    """A text, a single tile, and an image that is split; seeded noise for pixels."""
+    encoder = PromptEncoder.from_folder(bundle)
+    settings = read_settings(bundle / "preprocessor_config.json")
+    edge, tile = settings.longest_edge, settings.tile_size
+    grids = {"split": (edge // tile, edge // tile), "wide": (1, edge // tile)} if edge > tile else {"single": (0, 0)}
+    cases = []
+    for seed, (name, grid) in enumerate([("text", None), *grids.items()]):
+        question = f"What is written here, in the {name} one?"
+        parts: list[dict[str, object]] = [{"type": "text", "text": question}]
+        if grid is None:
+            ids = encoder.encode([Message("user", (question,))])
+            cases.append(Case(name, ids, None, [{"role": "user", "content": parts}], None))
+            continue
+        rows, cols = grid
+        ids = encoder.encode([Message("user", (ImagePart(rows, cols), question))])
+        random = np.random.default_rng(seed)
+        pixels = random.uniform(-1, 1, (rows * cols + 1, 3, tile, tile)).astype(np.float32)
+        messages: list[dict[str, object]] = [{"role": "user", "content": [{"type": "image"}, *parts]}]
+        cases.append(Case(name, ids, pixels, messages, image_size(settings, rows)))
+    return cases
+
+
+def image_size(settings: ImageSettings, rows: int) -> tuple[int, int]:
+    """(width, height) of an image that is cut into `rows` rows (0: not cut) with nothing left to resize."""
+    return settings.longest_edge, max(rows, 1) * settings.tile_size
+
+
+def run_python(bundle: Path, cases: Sequence[Case]) -> list[Result]:
+    """The same three graphs in ONNX Runtime, driven by a loop of this test's own."""
+    config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    dtypes = config["transformers.js_config"]["dtype"]
+    eos = json.loads((bundle / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    stops = set(eos if isinstance(eos, list) else [eos])
+    text = config["text_config"]
+
+    def session(name: str) -> ort.InferenceSession:
+        path = bundle / "onnx" / f"{name}{SUFFIX[dtypes[name]]}.onnx"
+        return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    embed, vision, decoder = (session(n) for n in ("embed_tokens", "vision_encoder", "decoder_model_merged"))
+    outputs = [output.name for output in decoder.get_outputs()]
+    empty = np.zeros((1, text["num_key_value_heads"], 0, text["head_dim"]), np.float32)  # [B, G, P, D]
+
+    def decode(inputs: F32, past: dict[str, F32], keep: int) -> tuple[F32, dict[str, F32]]:
+        length = past["past_key_values.0.key"].shape[2] + inputs.shape[1]
+        feed: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": np.ones((1, length), np.int64)}
+        found = dict(zip(outputs, decoder.run(None, feed | past | {"num_logits_to_keep": np.array(keep)}), strict=True))
+        logits: F32 = found.pop("logits")[0]
+        return logits, {name.replace("present", "past_key_values"): value for name, value in found.items()}
+
+    results = []
+    for case in cases:
+        ids = np.array([case.ids])
+        (inputs,) = embed.run(None, {"input_ids": ids})  # [B, T, C]
+        features = None
+        if case.pixels is not None:
+            mask = np.ones((1, len(case.pixels), *case.pixels.shape[2:]), bool)
+            (features,) = vision.run(None, {"pixel_values": case.pixels[None], "pixel_attention_mask": mask})
+            features = features.reshape(-1, features.shape[-1])  # [M, C]
+            inputs[ids == config["image_token_id"]] = features
+        start = {
+            f"past_key_values.{i}.{part}": empty for i in range(text["num_hidden_layers"]) for part in ("key", "value")
+        }
+        logits, _ = decode(inputs, start, 0)
+        last, past = decode(inputs, start, 1)
+        tokens = [int(last[-1].argmax())]
+        while len(tokens) < NEW_TOKENS and tokens[-1] not in stops:
+            (inputs,) = embed.run(None, {"input_ids": np.array([[tokens[-1]]])})
+            last, past = decode(inputs, past, 1)
+            tokens.append(int(last[-1].argmax()))
+        results.append(Result(features, logits, tokens, case.ids))
+    return results
+
+
+def run_node(bundle: Path, cases: Sequence[Case], folder: Path, engine: str) -> list[Result]:
+    """The bundle in transformers.js; see logits.mjs for the files between the two."""
+    given, made = folder / "cases", folder / engine
+    given.mkdir(exist_ok=True)
+    entries = []
+    for index, case in enumerate(cases):
+        pixels = None
+        if case.pixels is not None:
+            pixels = {"file": f"{index}.pixels.f32", "shape": case.pixels.shape}
+            case.pixels.astype("<f4").tofile(given / f"{index}.pixels.f32")
+        chat = {"messages": case.messages, "image": case.image_size}
+        entries.append({"name": case.name, "ids": case.ids, "new_tokens": NEW_TOKENS, "pixels": pixels, "chat": chat})
+    (given / "cases.json").write_text(json.dumps(entries), encoding="utf-8")
+    command = ["node", str(HERE / "logits.mjs"), str(bundle), str(given), str(made), engine]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def tensor(entry: dict[str, Any] | None) -> F32 | None:
+        if entry is None:
+            return None
+        values = np.fromfile(made / entry["file"], "<f4").reshape(entry["shape"])
+        return values.reshape(-1, values.shape[-1])  # [M, C] or [T, V]
+
+    results = []
+    for entry in json.loads((made / "results.json").read_text(encoding="utf-8")):
+        logits = tensor(entry["logits"])
+        assert logits is not None
+        results.append(Result(tensor(entry["image_features"]), logits, entry["tokens"], entry["chat_ids"]))
+    return results
+
+
+def difference(found: F32, wanted: F32) -> float:
+    """Relative L2."""
+    assert found.shape == wanted.shape
+    return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))
+
+
+@pytest.fixture(scope="session", params=["tiny_bundle", "demo_bundle"])
+def bundle(request: pytest.FixtureRequest) -> Path:
+    """Each bundle that the tests share: a random model's and the demo's."""
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python_results(bundle: Path) -> tuple[list[Case], list[Result]]:
+    cases = make_cases(bundle)
+    return cases, run_python(bundle, cases)
+
+
+NodeResults = Callable[[str], list[Result]]
+
+
+@pytest.fixture(scope="session")
+def node_results(
+    packages: None,
+    bundle: Path,
+    python_results: tuple[list[Case], list[Result]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> NodeResults:
+    """What transformers.js computes for the cases of `python_results` on an engine; run once for each."""
+    known: dict[str, list[Result]] = {}
+
+    def run(engine: str) -> list[Result]:
+        if engine not in known:
+            known[engine] = run_node(bundle, python_results[0], tmp_path_factory.mktemp("node"), engine)
+        return known[engine]
+
+    return run
+
+
+@pytest.mark.parametrize(("engine", "limit"), [("cpu", SAME_KERNELS), ("wasm", OTHER_KERNELS)])
+def test_features_and_logits_in_transformersjs_are_those_of_python(
+    engine: str, limit: float, python_results: tuple[list[Case], list[Result]], node_results: NodeResults
+) -> None:
+    for case, wanted, found in zip(*python_results, node_results(engine), strict=True):
+        if wanted.features is None:
+            assert found.features is None
+        else:
+            assert found.features is not None
+            worst = difference(found.features, wanted.features)
+            assert worst <= limit, f"{case.name}: image features differ by {worst:.2g}"
+        worst = difference(found.logits, wanted.logits)
+        assert worst <= limit, f"{case.name}: logits differ by {worst:.2g}"
+
+
+def test_greedy_tokens_of_transformersjs_are_those_of_python(
+    python_results: tuple[list[Case], list[Result]], node_results: NodeResults
+) -> None:
+    cases, wanted = python_results
+    found = node_results("cpu")
+    assert {c.name: r.tokens for c, r in zip(cases, found, strict=True)} == {
+        c.name: r.tokens for c, r in zip(cases, wanted, strict=True)
+    }
+
+
+def test_transformersjs_makes_the_prompt_that_our_runtime_makes(
+    python_results: tuple[list[Case], list[Result]], node_results: NodeResults
+) -> None:
+    for case, found in zip(python_results[0], node_results("cpu"), strict=True):
+        assert found.chat_ids == case.ids, case.name
+
+
+def test_the_comparison_sees_two_tiles_exchanged(
+    python_results: tuple[list[Case], list[Result]], node_results: NodeResults
+) -> None:
+    for case, wanted, found in zip(*python_results, node_results("cpu"), strict=True):
+        if case.pixels is not None and len(case.pixels) > 1:
+            assert wanted.features is not None
+            assert found.features is not None
+            tiles = wanted.features.reshape(len(case.pixels), -1, wanted.features.shape[-1])
+            exchanged = tiles[[1, 0, *range(2, len(tiles))]].reshape(wanted.features.shape)
+            assert difference(found.features, exchanged) > OTHER_KERNELS
+
+
+def test_the_file_of_each_graph_is_the_one_that_the_configuration_names(
+    packages: None, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_bundle / "config.json").read_text(encoding="utf-8"))
+    assert config["transformers.js_config"]["dtype"]["embed_tokens"] == "q8"
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    config["transformers.js_config"]["dtype"]["embed_tokens"] = "fp32"
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"embed_tokens\.onnx"):
+        run_node(copy, [], tmp_path, "cpu")
