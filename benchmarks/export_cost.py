@@ -1,0 +1,107 @@
+"""What an export costs at full size: time and peak memory of weights to graphs, on random checkpoints.
+
+    python -m benchmarks.export_cost --size 2.2b --size 256m [--runs 3] [--proof] [--out FILE.jsonl]
+
+Each run is a process of its own; its peak is the kernel's ru_maxrss. The bundle then answers a question in
+ONNX Runtime. One JSON line a run. Not covered: accuracy (the weights are random) and any device.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.random_checkpoint import SIZES
+from runtimes.ort import cpu_features, saturates
+
+
+def timed(arguments: list[str]) -> dict[str, Any]:
+    """Runs `python -m ...`; its wall time, CPU time and peak memory, and the JSON of its last line.
+
+    Raises:
+        RuntimeError: if it fails, with what it said.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=out, stderr=err)  # noqa: S603  # our own modules
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"python -m {' '.join(arguments)} failed: {err.read()[-2000:]}")
+        last = out.read().strip().splitlines()[-1]
+    return {
+        "wall_s": round(time.monotonic() - began, 2),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
+        "peak_rss_mib": round(usage.ru_maxrss / 1024, 1),
+        "result": json.loads(last),
+    }
+
+
+def measure(checkpoint: Path, size: str, recipe: str, proof: bool) -> dict[str, Any]:
+    """One export of a checkpoint, one answer from the bundle, one proof where asked for."""
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix="export-cost-") as scratch:
+        bundle = Path(scratch) / "bundle"
+        where = ["--model", str(checkpoint)]
+        export = timed(["export.android", *where, "--out", str(bundle), "--recipe", recipe, "--no-proof", "--json"])
+        question = [str(bundle), "--allow-pending", "--max-new-tokens", "4", "--json", "Say something."]
+        answer = timed(["runtimes.ask", *question])
+        row = {
+            "size": size,
+            "recipe": recipe,
+            "payload_bytes": export["result"]["payload_bytes"],
+            "graphs_s": round(export["result"]["export_s"], 2),  # inside the process, without starting Python
+            "export": {k: export[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")},
+            "answer_tokens": answer["result"]["tokens"],
+            "answer": {k: answer[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")},
+        }
+        if proof:
+            done = timed(["export.prove", str(bundle), *where, "--json"])
+            row["proof"] = {k: done[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")}
+            report = done["result"]["report"]
+            for error in ("export_error", "activation_error"):
+                row[error] = {k: report[error][k] for k in ("features_error", "logits_error", "tokens_equal", "tokens")}
+    row["machine"] = {
+        "cores": os.cpu_count(),
+        "architecture": platform.machine(),
+        "vnni": not saturates(cpu_features(), platform.machine()),
+        "python": platform.python_version(),
+    }
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.export_cost", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=sorted(SIZES), action="append", help="may be repeated (default: all)")
+    parser.add_argument("--recipe", default="int4", help="default: %(default)s")
+    parser.add_argument("--runs", type=int, default=3, help="exports of each size (default: %(default)s)")
+    parser.add_argument("--proof", action="store_true", help="prove the bundle of the last run too")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path("build/random"), help="kept here (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    args = parser.parse_args()
+    for size in args.size or sorted(SIZES):
+        checkpoint = args.checkpoints / size
+        if not checkpoint.exists():
+            print(f"making a random {size} checkpoint in {checkpoint}", file=sys.stderr, flush=True)
+            command = ["benchmarks.random_checkpoint", "--size", size, "--out", str(checkpoint)]
+            subprocess.run([sys.executable, "-m", *command], check=True)  # noqa: S603  # our own module
+        for run in range(args.runs):
+            line = json.dumps(measure(checkpoint, size, args.recipe, args.proof and run == args.runs - 1))
+            print(line, flush=True)
+            if args.out:
+                with args.out.open("a", encoding="utf-8") as out:
+                    out.write(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
