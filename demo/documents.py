@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -27,21 +27,41 @@ GRADES = ("clean", "worn", "hard")
 
 # Text of a split: SHA-256's first byte modulo 16 says whose a string is.
 SPLITS = {"train": range(12), "calibration": range(12, 13), "search": range(13, 14), "test": range(14, 16)}
-TRAIN_FONTS = (
-    ("font_roboto", "Roboto-Regular"),
-    ("font_roboto", "Roboto-Medium"),
-    ("font_roboto", "Roboto-Bold"),
-    ("font_source_sans_pro", "SourceSansPro-Regular"),
-    ("font_source_sans_pro", "SourceSansPro-Semibold"),
-    ("font_source_sans_pro", "SourceSansPro-Bold"),
-    ("font_source_serif_pro", "SourceSerifPro-Regular"),
-    ("font_source_serif_pro", "SourceSerifPro-Semibold"),
-    ("font_lato", "Lato-Regular"),
-    ("font_lato", "Lato-Bold"),
-    ("font_caladea", "Caladea-Regular"),
-    ("font_caladea", "Caladea-Bold"),
+Face = tuple[str, str]  # a font package and a file in it
+FIRST_FONTS: tuple[Face, ...] = (  # those of the first training phases
+    ("font_roboto", "Roboto-Regular.ttf"),
+    ("font_roboto", "Roboto-Medium.ttf"),
+    ("font_roboto", "Roboto-Bold.ttf"),
+    ("font_source_sans_pro", "SourceSansPro-Regular.ttf"),
+    ("font_source_sans_pro", "SourceSansPro-Semibold.ttf"),
+    ("font_source_sans_pro", "SourceSansPro-Bold.ttf"),
+    ("font_source_serif_pro", "SourceSerifPro-Regular.ttf"),
+    ("font_source_serif_pro", "SourceSerifPro-Semibold.ttf"),
+    ("font_lato", "Lato-Regular.ttf"),
+    ("font_lato", "Lato-Bold.ttf"),
+    ("font_caladea", "Caladea-Regular.ttf"),
+    ("font_caladea", "Caladea-Bold.ttf"),
 )
-TEST_FONTS = (("font_manrope", "Manrope-Medium"), ("font_manrope", "Manrope-Bold"))
+TRAIN_FONTS: tuple[Face, ...] = (
+    *FIRST_FONTS,
+    ("font_hanken_grotesk", "HankenGrotesk-Regular.otf"),
+    ("font_hanken_grotesk", "HankenGrotesk-Medium.otf"),
+    ("font_hanken_grotesk", "HankenGrotesk-SemiBold.otf"),
+    ("font_hanken_grotesk", "HankenGrotesk-Bold.otf"),
+    ("font_rhd", "RedHatDisplay-Regular.ttf"),
+    ("font_rhd", "RedHatDisplay-Medium.ttf"),
+    ("font_rhd", "RedHatDisplay-SemiBold.ttf"),
+    ("font_rhd", "RedHatDisplay-Bold.ttf"),
+    ("font_fredoka_one", "FredokaOne-Regular.ttf"),
+    ("font_fjallaone", "FjallaOne-Regular.ttf"),
+    ("font_roboto", "Roboto-Black.ttf"),
+    ("font_roboto", "Roboto-Italic.ttf"),
+    ("font_source_sans_pro", "SourceSansPro-Black.ttf"),
+    ("font_lato", "Lato-Black.ttf"),
+    ("font_lato", "Lato-Italic.ttf"),
+    ("font_source_serif_pro", "SourceSerifPro-Bold.ttf"),
+)
+TEST_FONTS: tuple[Face, ...] = (("font_manrope", "Manrope-Medium.ttf"), ("font_manrope", "Manrope-Bold.ttf"))
 
 COLOURS = {
     "red": (208, 32, 36),
@@ -110,13 +130,9 @@ class Document:
 
 
 @cache
-def _font_bytes(package: str, name: str) -> Path:
-    return Path(str(resources.files(package) / "files" / f"{name}.ttf"))
-
-
-@cache
 def _font(package: str, name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_font_bytes(package, name)), size, layout_engine=ImageFont.Layout.BASIC)
+    path = resources.files(package) / "files" / name
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def split_of(text: str) -> str:
@@ -171,12 +187,11 @@ class _Writer:
 class _Sheet:
     """A canvas in units (TILE to a tile side), drawn at `scale` pixels a unit."""
 
-    def __init__(self, rng: random.Random, width: int, height: int, scale: float, split: str) -> None:
+    def __init__(self, rng: random.Random, width: int, height: int, scale: float, faces: Sequence[Face]) -> None:
         self.rng, self.width, self.height, self.scale = rng, width, height, scale
         self.pixels = (round(width * scale), round(height * scale))
         self.glyphs: list[Glyph] = []
-        fonts = TEST_FONTS if split == "test" else TRAIN_FONTS
-        self.face = rng.choice(fonts)
+        self.face = rng.choice(faces)
         dark = rng.random() < 0.25
         paper = [rng.randint(0, 70) if dark else rng.randint(190, 255) for _ in range(3)]
         ink = [rng.randint(215, 255) if dark else rng.randint(0, 80) for _ in range(3)]
@@ -277,7 +292,9 @@ def _rows(rng: random.Random, top: float, height: float, count: int, size: float
     return [top + slot * (i + 0.5) + rng.uniform(-play, play) * (1.6 if free else 1.0) for i in range(count)]
 
 
-def make_document(split: str, index: int, grade: str = "clean", kind: str | None = None) -> Document:
+def make_document(
+    split: str, index: int, grade: str = "clean", kind: str | None = None, faces: Sequence[Face] = ()
+) -> Document:
     """Draws document `index` of a split.
 
     Args:
@@ -286,6 +303,7 @@ def make_document(split: str, index: int, grade: str = "clean", kind: str | None
         grade: one of GRADES.
         kind: "label" or "slip" (2:1), "sign" (1:2), "form" or "notice" (about square), "tag" (one tile);
             by seed if None, where it is never "tag".
+        faces: fonts to choose from, in place of the split's own.
     """
     rng = random.Random(f"smolport-documents/1/{split}/{index}/{grade}/{kind}")
     kind = kind or rng.choices(["label", "sign", "slip", "form", "notice"], weights=[25, 15, 20, 25, 15])[0]
@@ -297,7 +315,8 @@ def make_document(split: str, index: int, grade: str = "clean", kind: str | None
         height = round(height * rng.uniform(0.9, 1.0))
     else:
         width = round(width * rng.uniform(0.9, 1.0))
-    sheet = _Sheet(rng, width, height, rng.uniform(1.0, 1.7), split)
+    faces = faces or (TEST_FONTS if split == "test" else TRAIN_FONTS)
+    sheet = _Sheet(rng, width, height, rng.uniform(1.0, 1.7), faces)
     writer = _Writer(rng, split)
     hard = grade == "hard"
     size = rng.uniform(12, 15.5) if hard else rng.uniform(16, 22)

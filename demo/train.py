@@ -26,7 +26,18 @@ from torch import nn
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from demo.documents import GLYPHS, GRADES, TILE, Document, Turn, digest, make_document
+from demo.documents import (
+    FIRST_FONTS,
+    GLYPHS,
+    GRADES,
+    TILE,
+    TRAIN_FONTS,
+    Document,
+    Face,
+    Turn,
+    digest,
+    make_document,
+)
 from demo.tokenizer import save_tokenizer, train_tokenizer
 from runtimes.preprocess import ImageSettings, cut, to_rgb
 from runtimes.prompt import END, ImagePart, Message, PromptEncoder
@@ -42,13 +53,11 @@ IGNORE = -100
 class Plan:
     """Everything that fixes a training run; all lengths in steps.
 
-    early: clean documents of few tiles. cooldown: from here the learning rate falls linearly, documents are
-    cleaner and questions about shapes, learned long before, rarer. cosine: length of the curve until then.
+    The learning rate warms up, follows the beginning of a cosine of length `cosine`, and falls linearly
+    through each cooldown of PHASES.
     """
 
-    steps: int = 3300
-    early: int = 1000
-    cooldown: int = 2250
+    steps: int = 4200
     cosine: int = 4000
     glyph_fade: int = 2400
     batch: int = 32
@@ -56,8 +65,52 @@ class Plan:
     warmup: int = 150
     weight_decay: float = 0.05
     seed: int = 20261124
-    turns: int = 4
-    turns_cooldown: int = 5
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training that ends before step `end`.
+
+    buckets: shares of BUCKETS; grades: shares of GRADES; turns: questions a document; all_shapes: also
+    several questions about shapes; faces: fonts; rates: the learning rate falls linearly from the first
+    to the second; None: the cosine.
+    """
+
+    end: int
+    buckets: tuple[float, ...]
+    grades: tuple[int, ...]
+    turns: int
+    all_shapes: bool
+    faces: tuple[Face, ...]
+    rates: tuple[float, float] | None = None
+
+
+# Tiles first, then whole documents, then cleaner ones in ever smaller steps, at last in many more fonts: a first
+# run showed that without those the digits of an unseen font are what goes wrong.
+LATE = (0.05, 0.5, 0.4, 0.05)
+PHASES = (
+    Phase(1000, (0.75, 0.25, 0.0, 0.0), (100, 0, 0), 4, True, FIRST_FONTS),
+    Phase(2250, LATE, (60, 22, 18), 4, True, FIRST_FONTS),
+    Phase(3300, LATE, (75, 15, 10), 5, False, FIRST_FONTS, (8.7e-4, 2e-5)),
+    Phase(4200, LATE, (80, 13, 7), 5, False, TRAIN_FONTS, (7e-4, 2e-5)),
+)
+# Kinds of document in a batch, longest edge in tiles.
+BUCKETS = (
+    (("tag",), 1),
+    (("label", "sign", "slip"), 2),
+    (("form", "notice"), 2),
+    (("label", "slip", "form", "notice"), 1),
+)
+
+
+def phase_at(step: int) -> tuple[int, Phase]:
+    """(first step, phase) of a step."""
+    start = 0
+    for phase in PHASES:
+        if step < phase.end:
+            return start, phase
+        start = phase.end
+    raise ValueError(f"step {step} is beyond the last phase")
 
 
 def demo_config(tokenizer: Tokenizer) -> SmolVLMConfig:
@@ -98,16 +151,6 @@ def demo_config(tokenizer: Tokenizer) -> SmolVLMConfig:
     )
 
 
-# Kinds of document in a batch, longest edge in tiles, and their share early and late in training.
-BUCKETS = (
-    (("tag",), 1, 0.75, 0.05),
-    (("label", "sign", "slip"), 2, 0.25, 0.5),
-    (("form", "notice"), 2, 0.0, 0.4),
-    (("label", "slip", "form", "notice"), 1, 0.0, 0.05),
-)
-GRADE_SHARES = {"early": (100, 0, 0), "middle": (60, 22, 18), "cooldown": (75, 15, 10)}
-
-
 class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Batch k is a function of (plan.seed, k): a resumed run sees what an uninterrupted one would."""
 
@@ -119,17 +162,15 @@ class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"{self.plan.seed}/{step}")
-        phase = "early" if step < self.plan.early else "middle" if step < self.plan.cooldown else "cooldown"
-        kinds, edge, _, _ = rng.choices(BUCKETS, weights=[b[2] if phase == "early" else b[3] for b in BUCKETS])[0]
+        _, phase = phase_at(step)
+        kinds, edge = rng.choices(BUCKETS, weights=phase.buckets)[0]
         settings = ImageSettings(tile_size=TILE, longest_edge=edge * TILE)
         rows = []
         for i in range(self.plan.batch):
             kind = kinds[i % len(kinds)]
-            grade = "clean" if phase == "early" else rng.choices(GRADES, weights=GRADE_SHARES[phase])[0]
-            document = make_document("train", step * self.plan.batch + i, grade, kind)
-            turns = document.turns[: self.plan.turns]
-            if phase == "cooldown":
-                turns = few_shapes(document.turns)[: self.plan.turns_cooldown]
+            grade = "clean" if phase.grades[0] == 100 else rng.choices(GRADES, weights=phase.grades)[0]
+            document = make_document("train", step * self.plan.batch + i, grade, kind, phase.faces)
+            turns = (document.turns if phase.all_shapes else few_shapes(document.turns))[: phase.turns]
             rows.append(example(document, turns, settings, self.encoder))
         return collate(rows)
 
@@ -221,13 +262,15 @@ def losses(
 
 
 def learning_rate(step: int, plan: Plan) -> float:
-    """Linear warm-up, the beginning of a cosine, then linear to 1 % of the peak."""
+    """Linear warm-up, the beginning of a cosine, then what the phase says."""
     if step < plan.warmup:
         return plan.lr * (step + 1) / plan.warmup
-    done = (min(step, plan.cooldown) - plan.warmup) / (plan.cosine - plan.warmup)
-    rate = plan.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-    left = min(1.0, (plan.steps - step) / (plan.steps - plan.cooldown))
-    return 0.01 * plan.lr + (rate - 0.01 * plan.lr) * left
+    start, phase = phase_at(step)
+    if phase.rates is not None:
+        high, low = phase.rates
+        return high + (low - high) * (step - start) / (phase.end - start)
+    done = (step - plan.warmup) / (plan.cosine - plan.warmup)
+    return plan.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def glyph_weight(step: int, plan: Plan) -> float:
@@ -353,6 +396,7 @@ def train(plan: Plan, out: Path, device: str = "cpu", workers: int = 1) -> dict[
             save_checkpoint(model, out)
     record = {
         "plan": asdict(plan),
+        "phases": [asdict(phase) for phase in PHASES],
         "parameters": sum(p.numel() for p in model.parameters()),
         "minutes": round((spent + time.monotonic() - began) / 60, 1),
         "train_digest_100": digest("train", 100),

@@ -15,7 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import (
+    SmolVLMImageProcessorPil,
+    get_resize_output_image_size,
+)
 
 from runtimes.preprocess import (
     MAX_EDGE,
@@ -261,6 +264,24 @@ def test_of_an_animation_the_first_frame_is_seen(tmp_path: Path) -> None:
 
 
 # ---- sizes and budgets
+
+
+class SizesOnly(SmolVLMImageProcessorPil):
+    """The reference's arithmetic of sizes, without its pixels."""
+
+    def resize(self, image: Any, size: Any, resample: Any = None) -> Any:  # type: ignore[override]  # sizes, no image
+        return size.width, size.height
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.integers(1, 6000), st.integers(1, 6000), st.integers(1, 5000), st.integers(1, 600))
+def test_sizes_equal_the_reference(width: int, height: int, edge: int, tile: int) -> None:
+    blank = np.broadcast_to(np.uint8(0), (3, height, width))
+    assert resized_size(width, height, edge) == get_resize_output_image_size(blank, edge)[::-1]
+    assert grid_size(width, height, tile) == SIZES.resize_for_vision_encoder(blank, tile)
+
+
+SIZES = SizesOnly()
 
 
 @given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, MAX_EDGE * 4), st.integers(2, 600))
