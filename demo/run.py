@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint"
 SAMPLE = HERE / "samples" / "form.png"
 QUESTION = "What is the total?"
-DOCUMENTS = 150
+DOCUMENTS = 400
 
 
 def main() -> int:
