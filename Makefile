@@ -12,7 +12,7 @@ $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check export-android verify ask clean
+.PHONY: help setup demo test check train export-android verify ask clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -28,6 +28,10 @@ test: $(STAMP)  ## run all tests
 
 check: $(STAMP)  ## format, lint, types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+
+train: $(STAMP)  ## OUT=folder: train the demo checkpoint anew (hours; goes on where it was stopped)
+	@npm --prefix demo/fonts ci --ignore-scripts --no-audit --no-fund
+	@$(PY) -m demo.train --out="$${OUT:?is missing: the folder of the checkpoint}"
 
 export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [RECIPE=int4] [DATA=documents.jsonl]
 	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${DATA:+--data="$$DATA"}

@@ -20,6 +20,8 @@ from typing import Any
 from benchmarks.random_checkpoint import SIZES
 from runtimes.ort import cpu_features, saturates
 
+RANDOM = Path(__file__).parent / "int4-random.toml"
+
 
 def timed(arguments: list[str]) -> dict[str, Any]:
     """Runs `python -m ...`; its wall time, CPU time and peak memory, and the JSON of its last line.
@@ -55,7 +57,7 @@ def measure(checkpoint: Path, size: str, recipe: str, proof: bool) -> dict[str, 
         answer = timed(["runtimes.ask", *question])
         row = {
             "size": size,
-            "recipe": recipe,
+            "recipe": Path(recipe).stem,
             "payload_bytes": export["result"]["payload_bytes"],
             "graphs_s": round(export["result"]["export_s"], 2),  # inside the process, without starting Python
             "export": {k: export[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")},
@@ -63,7 +65,7 @@ def measure(checkpoint: Path, size: str, recipe: str, proof: bool) -> dict[str, 
             "answer": {k: answer[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")},
         }
         if proof:
-            done = timed(["export.prove", str(bundle), *where, "--json"])
+            done = timed(["export.prove", str(bundle), *where, "--recipe", recipe, "--json"])
             row["proof"] = {k: done[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")}
             report = done["result"]["report"]
             for error in ("export_error", "activation_error"):
@@ -80,7 +82,7 @@ def measure(checkpoint: Path, size: str, recipe: str, proof: bool) -> dict[str, 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=sorted(SIZES), action="append", help="may be repeated (default: all)")
-    parser.add_argument("--recipe", default="int4", help="default: %(default)s")
+    parser.add_argument("--recipe", default=str(RANDOM), help="default: the rules of int4, without limits on the loss")
     parser.add_argument("--runs", type=int, default=3, help="exports of each size (default: %(default)s)")
     parser.add_argument("--proof", action="store_true", help="prove the bundle of the last run too")
     parser.add_argument(

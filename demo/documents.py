@@ -15,7 +15,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -23,11 +23,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 TILE = 96  # a document is laid out on 1 x 2, 2 x 1 or 2 x 2 tiles of this many units
+NODE_MODULES = Path(__file__).parent / "fonts" / "node_modules"
 GRADES = ("clean", "worn", "hard")
 
 # Text of a split: SHA-256's first byte modulo 16 says whose a string is.
 SPLITS = {"train": range(12), "calibration": range(12, 13), "search": range(13, 14), "test": range(14, 16)}
-Face = tuple[str, str]  # a font package and a file in it
+Face = tuple[str, str]  # a font package of PyPI or, with an @, of npm, and a file in it
 FIRST_FONTS: tuple[Face, ...] = (  # those of the first training phases
     ("font_roboto", "Roboto-Regular.ttf"),
     ("font_roboto", "Roboto-Medium.ttf"),
@@ -60,6 +61,22 @@ TRAIN_FONTS: tuple[Face, ...] = (
     ("font_lato", "Lato-Black.ttf"),
     ("font_lato", "Lato-Italic.ttf"),
     ("font_source_serif_pro", "SourceSerifPro-Bold.ttf"),
+)
+# Those of the last training phase are npm packages: `npm ci` in demo/fonts. Nothing but training needs them.
+# fmt: off
+WEB_FAMILIES = (
+    "archivo", "arvo", "asap", "barlow", "be-vietnam-pro", "bitter", "cabin", "comfortaa", "courier-prime", "dm-sans",
+    "epilogue", "exo-2", "figtree", "fira-sans", "ibm-plex-mono", "ibm-plex-sans", "inter", "jetbrains-mono", "jost",
+    "kanit", "karla", "lexend", "libre-franklin", "lora", "merriweather", "montserrat", "mulish", "noto-sans",
+    "nunito", "open-sans", "oswald", "outfit", "overpass", "plus-jakarta-sans", "poppins", "pt-sans", "pt-serif",
+    "public-sans", "quicksand", "roboto-mono", "roboto-slab", "rubik", "sora", "space-grotesk", "space-mono",
+    "titillium-web", "ubuntu", "urbanist", "work-sans",
+)
+# fmt: on
+WEB_FONTS: tuple[Face, ...] = tuple(
+    (f"@fontsource/{family}", f"{family}-latin-{weight}-normal.woff")
+    for family in WEB_FAMILIES
+    for weight in (400, 700)
 )
 TEST_FONTS: tuple[Face, ...] = (("font_manrope", "Manrope-Medium.ttf"), ("font_manrope", "Manrope-Bold.ttf"))
 
@@ -129,9 +146,12 @@ class Document:
     grade: str
 
 
-@cache
+@lru_cache(maxsize=256)  # each holds an open file
 def _font(package: str, name: str, size: int) -> ImageFont.FreeTypeFont:
-    path = resources.files(package) / "files" / name
+    web = package.startswith("@")
+    path = (NODE_MODULES / package if web else resources.files(package)) / "files" / name
+    if web and not path.is_file():
+        raise FileNotFoundError(f"{path}: the fonts of training are missing: run `npm ci` in {NODE_MODULES.parent}")
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 

@@ -9,7 +9,6 @@ whole and its proof has passed, not before. Not covered: whether a given phone r
 import argparse
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from export.checkpoint import Checkpoint, resolve
 from export.onnx_graphs import graph_dtypes, graph_file, write_graphs
 from export.onnx_ops import LEAST_ENGINE, OPSETS
 from export.processor import write_processor_files
-from export.prove import DataError, ProofError, prove, read_data
+from export.prove import DataError, ProofError, peak_rss_bytes, prove, read_data
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.weights import open_weights
 from quantize.recipe import DEFAULT, SHIPPED, Recipe, RecipeError, Scheme, load_recipe
@@ -108,12 +107,6 @@ def export_android(
         size = sum(f.size for f in manifest.files if f.role == "payload")
         proof_s = time.monotonic() - began - export_s if with_proof else None
     return Exported(out, manifest.payload_digest, size, export_s, peak, proof_s, report)
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_config(folder: Path, spec: ModelSpec, recipe: Recipe, out: Path) -> None:

@@ -20,36 +20,51 @@ from export.checkpoint import resolve
 from export.smolvlm import matrices
 from export.spec import CheckpointError, ModelSpec, read_spec, tensor_shapes
 from export.weights import Weights, open_weights
-from quantize.int4 import F32, dequantize, dequantize_columns, quantize_blocks, quantize_columns
+from quantize.int4 import (
+    F32,
+    ColumnTensor,
+    QTensor,
+    dequantize,
+    dequantize_columns,
+    quantize_blocks,
+    quantize_columns,
+)
 from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
 from runtimes.bundle import BundleError, stage_bundle
-from runtimes.tensorfile import write_tensors
+from runtimes.tensorfile import stream_tensors
 
 SHARD_BYTES = 1 << 30
 
 
 class Dequantized:
-    """A checkpoint's tensors after a recipe: quantized and dequantized as they are asked for."""
+    """A checkpoint's tensors after a recipe: quantized and dequantized as they are asked for.
 
-    def __init__(self, spec: ModelSpec, weights: Weights, recipe: Recipe) -> None:
+    Args:
+        keep: hold the integers, so that a matrix asked for again is not quantized again.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Weights, recipe: Recipe, *, keep: bool = False) -> None:
         self._weights, self._recipe, self._matrices = weights, recipe, frozenset(matrices(spec))
+        self._keep = keep
+        self._kept: dict[str, QTensor | ColumnTensor] = {}
 
     def __getitem__(self, name: str) -> F32:
-        if name not in self._matrices:
+        if name not in self._matrices or self._recipe.scheme(name).format == "float":
             return self._weights[name]
-        scheme = self._recipe.scheme(name)
-        n, k = self._weights.shape(name)
+        integers = self._kept[name] if name in self._kept else self._quantized(name)
+        if self._keep:
+            self._kept[name] = integers
+        return dequantize(integers) if isinstance(integers, QTensor) else dequantize_columns(integers)
+
+    def _quantized(self, name: str) -> QTensor | ColumnTensor:
+        scheme, (n, k) = self._recipe.scheme(name), self._weights.shape(name)
 
         def rows(start: int, stop: int) -> F32:
             return self._weights.rows(name, start, stop)
 
-        match scheme.format:
-            case "block":
-                blocks = quantize_blocks(rows, (n, k), bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric)
-                return dequantize(blocks)
-            case "column":
-                return dequantize_columns(quantize_columns(rows, (n, k), reduced_range=scheme.reduced_range))
-        return self._weights[name]
+        if scheme.format == "column":
+            return quantize_columns(rows, (n, k), reduced_range=scheme.reduced_range)
+        return quantize_blocks(rows, (n, k), bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric)
 
 
 def write_dequantized(folder: Path, recipe: Recipe, out: Path) -> Iterator[str]:
@@ -59,7 +74,8 @@ def write_dequantized(folder: Path, recipe: Recipe, out: Path) -> Iterator[str]:
         CheckpointError, BundleError: bad input; `out` exists or cannot be written (nothing is left of it).
     """
     spec = read_spec(folder)
-    source = Dequantized(spec, open_weights(folder, spec), recipe)
+    weights = open_weights(folder, spec)
+    source = Dequantized(spec, weights, recipe)
     with stage_bundle(out) as stage:
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith("model") and path.suffix != ".safetensors":
@@ -73,7 +89,8 @@ def write_dequantized(folder: Path, recipe: Recipe, out: Path) -> Iterator[str]:
         places: dict[str, str] = {}
         for number, names in enumerate(_shards(spec), 1):
             name = f"model-{number:05d}.safetensors"
-            write_tensors(stage / name, {tensor: source[tensor] for tensor in names})
+            shapes = {tensor: ("F32", weights.shape(tensor)) for tensor in names}
+            stream_tensors(stage / name, shapes, lambda tensor: [source[tensor]])
             places |= dict.fromkeys(names, name)
             yield name
         total = sum(4 * int(np.prod(shape)) for shape in tensor_shapes(spec).values())

@@ -10,6 +10,7 @@ The first must be rounding noise, the others stay under the recipe's limits; oth
 """
 
 import argparse
+import gc
 import json
 import platform
 import resource
@@ -40,6 +41,7 @@ from runtimes.runner import EngineError, InputError, Runner
 from runtimes.verify import Case, Outputs, Parity, compare, replay, step_logits, write_cases
 
 EXPORT_LIMIT = 1e-4  # relative L2 of features and logits, twin against reference
+ELSEWHERE = 3  # how many times the error of this machine another one may show; ARM kernels were seen to double it
 CASE_TOKENS = 8  # greedy tokens of a golden case
 ANSWER_TOKENS = 32  # at most this many for a document
 MAX_DATA_LINE = 1 << 20
@@ -138,12 +140,13 @@ def prove(
     if different := check_graphs(folder / "onnx", spec, weights, recipe):
         raise ProofError("the payload is not what the recipe makes of the checkpoint: " + "; ".join(different[:10]))
     progress("reference with dequantized weights: golden cases")
-    dequantized = Reference(checkpoint, spec, Dequantized(spec, weights, recipe))
+    dequantized = Reference(checkpoint, spec, Dequantized(spec, weights, recipe, keep=True))
     cases = [
         reference_case(name, turns, images, checkpoint, dequantized, folder, settings, edge)
         for name, turns, images, edge in case_inputs(settings)
     ]
     del dequantized
+    gc.collect()  # its modules' hooks hold it in a circle, and with it gigabytes
     progress("fp32-compute twin on the golden cases")
     twin = OrtRunner(bundle, graphs={g: twin_graph(g, folder / "onnx", spec, weights, recipe) for g in GRAPHS})
     twin_outputs = [out for _, out in replay(twin, encoder, settings, cases)]
@@ -159,15 +162,14 @@ def prove(
         features_limit=recipe.limits.activation_features,
         logits_limit=recipe.limits.activation_logits,
     )
+    features_limit = recipe.limits.activation_features + EXPORT_LIMIT
+    logits_limit = recipe.limits.activation_logits + EXPORT_LIMIT
+    replayed = compare(zip(cases, outputs, strict=True), features_limit=features_limit, logits_limit=logits_limit)
+    # Another processor has other kernels: it may differ more than this one does, but not without end.
     verify_limits = {
-        "features": recipe.limits.activation_features + EXPORT_LIMIT,
-        "logits": recipe.limits.activation_logits + EXPORT_LIMIT,
+        "features": min(features_limit, ELSEWHERE * replayed.features_error + EXPORT_LIMIT),
+        "logits": min(logits_limit, ELSEWHERE * replayed.logits_error + EXPORT_LIMIT),
     }
-    replayed = compare(
-        zip(cases, outputs, strict=True),
-        features_limit=verify_limits["features"],
-        logits_limit=verify_limits["logits"],
-    )
     progress("full-precision reference")
     full = Reference(checkpoint, spec, weights)
     loss = quantization_loss(full, shipped, encoder, settings, checkpoint, folder, cases, documents, progress)
@@ -187,14 +189,25 @@ def prove(
         "verify_limits": verify_limits,
         "machine": {"architecture": machine, "u8s8_saturates": saturates(cpu_features(), machine)},
         "seconds": round(time.monotonic() - began, 1),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
     if faults:
-        raise ProofError("the proof failed:\n  " + "\n  ".join(faults[:20]))
+        message = "\n  ".join(["the proof failed:", *faults[:20]])
+        if export_error.passed:
+            message += (
+                f"\nThese limits are recipe {recipe.name}'s; in a copy of its file (RECIPE=mine.toml) they are yours."
+            )
+        raise ProofError(message)
     write_cases(folder, cases)
     (folder / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(report_text(report), encoding="utf-8")
     return report
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def case_inputs(

@@ -43,4 +43,4 @@ def demo_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 # Random weights amplify quantization noise as no trained model does: the tiny bundles use the shipped int4
 # rules under their own limits. What is wrong in kind (export error) keeps its limit of 1e-4.
-LOOSE = str(ROOT / "tests" / "data" / "int4-random.toml")
+LOOSE = str(ROOT / "benchmarks" / "int4-random.toml")

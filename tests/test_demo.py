@@ -12,9 +12,11 @@ from demo.documents import (
     CHARACTERS,
     GRADES,
     KINDS,
+    NODE_MODULES,
     SPLITS,
     TEST_FONTS,
     TRAIN_FONTS,
+    WEB_FONTS,
     Document,
     digest,
     make_document,
@@ -53,7 +55,19 @@ def test_the_splits_cover_every_string_once() -> None:
 
 
 def test_the_test_split_has_a_font_family_that_training_has_not() -> None:
-    assert {package for package, _ in TEST_FONTS}.isdisjoint({package for package, _ in TRAIN_FONTS})
+    trained = {package for package, _ in TRAIN_FONTS + WEB_FONTS}
+    assert all(package not in trained for package, _ in TEST_FONTS)
+    assert not [package for package in trained if "manrope" in package]
+
+
+def test_the_web_fonts_are_those_that_npm_installs() -> None:
+    packages = json.loads((NODE_MODULES.parent / "package.json").read_text())["dependencies"]
+    assert {package for package, _ in WEB_FONTS} == set(packages)
+
+
+def test_a_font_that_is_not_installed_is_named_with_its_remedy() -> None:
+    with pytest.raises(FileNotFoundError, match=r"run `npm ci` in .*fonts"):
+        make_document("train", 0, faces=[("@fontsource/absent", "absent.woff")])
 
 
 @pytest.mark.parametrize("grade", GRADES)

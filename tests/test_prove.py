@@ -163,6 +163,14 @@ def test_verify_sees_a_case_of_another_model(tiny_bundle: Path, tmp_path: Path) 
         shutil.rmtree(folder)
 
 
+def test_a_replay_elsewhere_may_differ_three_times_as_much_as_the_proof_did(tiny_bundle: Path) -> None:
+    report = json.loads((tiny_bundle / "report.json").read_text())
+    parity = verify(read_bundle(tiny_bundle))
+    limits = report["verify_limits"]
+    assert limits["logits"] == pytest.approx(3 * parity.logits_error + 1e-4, rel=0.2)
+    assert limits["features"] <= report["recipe"]["limits"]["activation_features"] + 1e-4
+
+
 def test_the_reference_equals_from_pretrained_bit_for_bit(tiny_checkpoint: Path) -> None:
     spec = read_spec(tiny_checkpoint)
     reference = Reference(tiny_checkpoint, spec, open_weights(tiny_checkpoint, spec), resident_bytes=10_000)
