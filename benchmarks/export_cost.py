@@ -3,13 +3,14 @@
     python -m benchmarks.export_cost --size 2.2b --size 256m [--runs 3] [--proof] [--out FILE.jsonl]
 
 Each run is a process of its own; its peak is the kernel's ru_maxrss. The bundle then answers a question in
-ONNX Runtime. One JSON line a run. Not covered: accuracy (the weights are random) and any device.
+ONNX Runtime. One JSON line a run, and a table of medians. Not covered: accuracy (the weights are random), devices.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,27 @@ def measure(checkpoint: Path, size: str, recipe: str, proof: bool) -> dict[str, 
     return row
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, one line a size: medians, and the highest peaks."""
+    head = ["size", "runs", "payload MB", "weights to graphs s", "peak MiB", "answer peak MiB", "proof s", "peak MiB"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for size in dict.fromkeys(row["size"] for row in rows):
+        runs = [row for row in rows if row["size"] == size]
+        proofs = [row["proof"] for row in runs if "proof" in row]
+        cells = [
+            size,
+            str(len(runs)),
+            f"{runs[0]['payload_bytes'] / 1e6:.0f}",
+            f"{statistics.median(row['graphs_s'] for row in runs):.1f}",
+            f"{max(row['export']['peak_rss_mib'] for row in runs):.0f}",
+            f"{max(row['answer']['peak_rss_mib'] for row in runs):.0f}",
+            f"{statistics.median(p['wall_s'] for p in proofs):.0f}" if proofs else "-",
+            f"{max(p['peak_rss_mib'] for p in proofs):.0f}" if proofs else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=sorted(SIZES), action="append", help="may be repeated (default: all)")
@@ -90,6 +112,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
     args = parser.parse_args()
+    rows = []
     for size in args.size or sorted(SIZES):
         checkpoint = args.checkpoints / size
         if not checkpoint.exists():
@@ -97,11 +120,14 @@ def main() -> int:
             command = ["benchmarks.random_checkpoint", "--size", size, "--out", str(checkpoint)]
             subprocess.run([sys.executable, "-m", *command], check=True)  # noqa: S603  # our own module
         for run in range(args.runs):
-            line = json.dumps(measure(checkpoint, size, args.recipe, args.proof and run == args.runs - 1))
+            rows.append(measure(checkpoint, size, args.recipe, args.proof and run == args.runs - 1))
+            line = json.dumps(rows[-1])
             print(line, flush=True)
             if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
                 with args.out.open("a", encoding="utf-8") as out:
                     out.write(line + "\n")
+    print(table(rows))
     return 0
 
 

@@ -445,7 +445,7 @@ def train(plan: Plan, out: Path, device: str = "cpu", workers: int = 1, finished
             save_checkpoint(model, out)
     record = {
         "plan": asdict(plan),
-        "phases": [asdict(phase) for phase in PHASES],
+        "phases": [{**asdict(phase), "faces": len(phase.faces)} for phase in PHASES],
         "parameters": sum(p.numel() for p in model.parameters()),
         "minutes": round((spent + time.monotonic() - began) / 60, 1),
         "train_digest_100": digest("train", 100),
