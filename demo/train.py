@@ -403,7 +403,7 @@ def train(plan: Plan, out: Path, device: str = "cpu", workers: int = 1, finished
         batch_size=None,
         sampler=range(start, plan.steps),
         num_workers=workers,
-        prefetch_factor=4,
+        prefetch_factor=4 if workers else None,
     )
     began, window = time.monotonic(), []
     model.train()
