@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from export.spec import read_spec, tensor_shapes
-from runtimes.bundle import BundleError, stage_bundle
+from runtimes.bundle import stage_bundle
+from runtimes.manifest import BundleError
 from runtimes.prompt import END, IMAGE, START
 from runtimes.tensorfile import TensorFileError, stream_tensors, to_bf16
 

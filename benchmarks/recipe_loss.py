@@ -17,7 +17,7 @@ from export.android import export_android
 from export.prove import DataError, ProofError
 from export.spec import CheckpointError
 from quantize.recipe import SHIPPED, RecipeError
-from runtimes.bundle import BundleError
+from runtimes.manifest import BundleError
 
 
 def measure(model: str, recipe: str, data: Path, limit: int | None) -> dict[str, Any]:

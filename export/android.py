@@ -24,7 +24,8 @@ from export.prove import DataError, ProofError, peak_rss_bytes, prove, read_data
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.weights import open_weights
 from quantize.recipe import DEFAULT, SHIPPED, Recipe, RecipeError, Scheme, load_recipe
-from runtimes.bundle import (
+from runtimes.bundle import stage_bundle, write_manifest
+from runtimes.manifest import (
     BundleError,
     Engine,
     ImageLimits,
@@ -35,8 +36,6 @@ from runtimes.bundle import (
     Proof,
     RecipeUsed,
     TextLimits,
-    stage_bundle,
-    write_manifest,
 )
 from runtimes.ort import cpu_features
 from runtimes.preprocess import TILE_BUDGETS, read_settings

@@ -30,7 +30,8 @@ from quantize.int4 import (
     quantize_columns,
 )
 from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
-from runtimes.bundle import BundleError, stage_bundle
+from runtimes.bundle import stage_bundle
+from runtimes.manifest import BundleError
 from runtimes.tensorfile import stream_tensors
 
 SHARD_BYTES = 1 << 30

@@ -33,7 +33,8 @@ from export.reference import Reference, reference_ids, reference_pixels, referen
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.weights import Weights, open_weights
 from quantize.recipe import Limits, Recipe, RecipeError, load_recipe
-from runtimes.bundle import Bundle, BundleError, Proof, read_bundle, replace_manifest
+from runtimes.bundle import Bundle, read_bundle, replace_manifest
+from runtimes.manifest import BundleError, Proof
 from runtimes.ort import OrtRunner, cpu_features, saturates
 from runtimes.preprocess import ImageError, ImageSettings, cut, load_image, preprocess, read_settings, to_rgb
 from runtimes.prompt import ImagePart, Message, PromptEncoder

@@ -4,7 +4,7 @@
 
 The answer goes to stdout, everything else to stderr. Exit code 0: answered; 1: the engine failed; 2: the
 bundle, an image or the question cannot be used; 130: interrupted.
-Not covered: more than one question; see runtimes.generate.Chat.
+Not covered: more than one question; see runtimes.chat.
 """
 
 import argparse
@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.bundle import BundleError, Manifest, read_bundle
-from runtimes.generate import GREEDY, Answer, Sampling, open_chat
+from runtimes.bundle import read_bundle
+from runtimes.chat import Answer, open_chat
+from runtimes.generate import GREEDY, Sampling
+from runtimes.manifest import BundleError, Manifest
 from runtimes.preprocess import TILE_BUDGETS, ImageError, load_image
 from runtimes.runner import EngineError, InputError
 

@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from runtimes.bundle import Bundle, BundleError
+from runtimes.bundle import Bundle
+from runtimes.manifest import BundleError
 from runtimes.runner import (
     BundleSettings,
     Cache,

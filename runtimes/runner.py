@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.bundle import Bundle, BundleError
+from runtimes.bundle import Bundle
+from runtimes.manifest import BundleError
 
 Floats = npt.NDArray[np.float32]
 

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from runtimes.bundle import Bundle, BundleError, read_bundle
+from runtimes.bundle import Bundle, read_bundle
+from runtimes.manifest import BundleError
 from runtimes.preprocess import ImageSettings, normalize, preprocess, read_settings
 from runtimes.prompt import ImagePart, Message, PromptEncoder
 from runtimes.runner import EngineError, Runner

@@ -15,8 +15,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from runtimes.bundle import (
-    Bundle,
+from runtimes.bundle import Bundle, read_bundle, stage_bundle, write_manifest
+from runtimes.manifest import (
     Engine,
     ImageLimits,
     InstructionSet,
@@ -26,9 +26,6 @@ from runtimes.bundle import (
     Proof,
     RecipeUsed,
     TextLimits,
-    read_bundle,
-    stage_bundle,
-    write_manifest,
 )
 from runtimes.ort import IN_PLACE
 from runtimes.runner import BundleSettings, Cancelled, Floats, check_pixels, check_tokens

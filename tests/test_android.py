@@ -14,7 +14,8 @@ from export.android import export_android
 from export.prove import ProofError
 from export.spec import CheckpointError
 from quantize.recipe import SHIPPED
-from runtimes.bundle import BundleError, read_bundle
+from runtimes.bundle import read_bundle
+from runtimes.manifest import BundleError
 from runtimes.ort import OrtRunner
 from runtimes.verify import verify
 from tests.checkpoints import make_checkpoint

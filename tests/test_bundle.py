@@ -18,19 +18,8 @@ from typing import Any
 
 import pytest
 
-from runtimes.bundle import (
-    MANIFEST,
-    Bundle,
-    BundleError,
-    FileEntry,
-    Proof,
-    parse_manifest,
-    payload_digest,
-    read_bundle,
-    replace_manifest,
-    stage_bundle,
-    write_manifest,
-)
+from runtimes.bundle import Bundle, read_bundle, replace_manifest, stage_bundle, write_manifest
+from runtimes.manifest import MANIFEST, BundleError, FileEntry, Proof, parse_manifest, payload_digest
 from tests.fakes import byte_tokenizer, fake_manifest
 
 FILES = {
@@ -324,7 +313,8 @@ KILLED = """
 import json, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from runtimes.bundle import parse_manifest, stage_bundle, write_manifest
+from runtimes.bundle import stage_bundle, write_manifest
+from runtimes.manifest import parse_manifest
 manifest = parse_manifest(json.loads(sys.argv[3]), "the test")
 print("ready", flush=True)
 with stage_bundle(Path(sys.argv[2])) as folder:
@@ -377,6 +367,7 @@ import itertools, os, shutil, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import runtimes.bundle as b
+from runtimes.manifest import Proof
 pending, evidence = Path(sys.argv[2]), Path(sys.argv[3])
 left = 0
 def dying(call):
@@ -395,7 +386,7 @@ for step in itertools.count():
         left = step
         shutil.copyfile, os.fsync = dying(shutil.copyfile), dying(os.fsync)
         Path.replace, Path.unlink, Path.write_text = map(dying, (Path.replace, Path.unlink, Path.write_text))
-        b.replace_manifest(b.read_bundle(folder, allow_pending=True), b.Proof("passed", "report.json"), evidence)
+        b.replace_manifest(b.read_bundle(folder, allow_pending=True), Proof("passed", "report.json"), evidence)
         os._exit(0)
     if not os.waitpid(child, 0)[1]:
         break

@@ -18,19 +18,10 @@ from tokenizers import Tokenizer
 from transformers.generation import logits_process as reference
 
 from demo.tokenizer import train_tokenizer
-from runtimes.bundle import Bundle, BundleError
-from runtimes.generate import (
-    REPLACEMENT,
-    Answer,
-    Chat,
-    Reply,
-    Sampling,
-    TextStream,
-    generate,
-    log_softmax,
-    open_chat,
-    scores,
-)
+from runtimes.bundle import Bundle
+from runtimes.chat import Answer, Chat, Reply, open_chat
+from runtimes.generate import REPLACEMENT, Sampling, TextStream, generate, log_softmax, scores
+from runtimes.manifest import BundleError
 from runtimes.preprocess import ImageSettings
 from runtimes.prompt import END, ImagePart, Message, PromptEncoder
 from runtimes.runner import BundleSettings, Floats, InputError

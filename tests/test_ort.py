@@ -16,7 +16,8 @@ import pytest
 from onnx import TensorProto, helper
 
 import runtimes.ort
-from runtimes.bundle import Bundle, BundleError
+from runtimes.bundle import Bundle
+from runtimes.manifest import BundleError
 from runtimes.ort import OrtRunner, cpu_features, saturates
 from runtimes.runner import Cancelled, EngineError, Floats, InputError, graph_paths, open_runner, read_bundle_settings
 from tests.fakes import CONTEXT, HIDDEN, SEQ_LEN, TILE, decoder_graph, make_bundle, save

@@ -17,7 +17,7 @@ from benchmarks import random_checkpoint
 from benchmarks.random_checkpoint import SIZES, write_random_checkpoint
 from export.spec import ModelSpec, read_spec, tensor_shapes
 from export.weights import open_weights
-from runtimes.bundle import BundleError
+from runtimes.manifest import BundleError
 from runtimes.preprocess import preprocess, read_settings
 from runtimes.prompt import ImagePart, Message, PromptEncoder
 
