@@ -20,7 +20,7 @@ help:  ## list the actions
 setup: $(STAMP)  ## .venv with pinned packages (on Linux TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids CUDA)
 
 demo: $(STAMP)  ## export the carried checkpoint to build/demo-android, prove it, ask it about a sample image
-	@rm -rf $(DEMO)
+	@rm -rf $(DEMO) $(DEMO)-documents
 	@$(PY) -m demo.run --out $(DEMO)
 
 test: $(STAMP)  ## run all tests
@@ -43,7 +43,7 @@ ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
 	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
 
 clean:  ## remove the demo's bundle and every cache (.venv and other builds stay)
-	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules
+	@rm -rf $(DEMO) $(DEMO)-documents .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules
 	@find $(wildcard benchmarks demo device_harness export quantize router_client runtimes tests) -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: where an index is named it gives torch alone, and later steps find it installed.

@@ -82,7 +82,8 @@ def measure(checkpoint: Path, size: str, recipe: str, proof: bool) -> dict[str, 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, one line a size: medians, and the highest peaks."""
-    head = ["size", "runs", "payload MB", "weights to graphs s", "peak MiB", "answer peak MiB", "proof s", "peak MiB"]
+    head = ["size", "runs", "payload MB", "weights to graphs, s", "peak, MiB"]
+    head += ["first answer, peak MiB", "proof, s", "proof, peak MiB"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for size in dict.fromkeys(row["size"] for row in rows):
         runs = [row for row in rows if row["size"] == size]

@@ -6,6 +6,7 @@ Answers are generated freely by Hugging Face's own model and compared exactly; i
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -88,7 +89,8 @@ def evaluate(
             "exact": round(sum(results) / len(results), 4),
             "interval_95": [round(low, 4), round(high, 4)],
         }
-    return {"split": split, "grade": grade, "tasks": rows}
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return {"split": split, "grade": grade, "weights_sha256": weights, "tasks": rows}
 
 
 def main() -> int:
