@@ -18,6 +18,7 @@ from export.prove import DataError, ProofError
 from export.spec import CheckpointError
 from quantize.recipe import SHIPPED, RecipeError
 from runtimes.manifest import BundleError
+from runtimes.runner import EngineError, InputError
 
 
 def measure(model: str, recipe: str, data: Path, limit: int | None) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def main() -> int:
             print(f"{recipe}: {exc}", file=sys.stderr)
             failed = True
             continue
-        except (BundleError, CheckpointError, DataError, RecipeError) as exc:
+        except (BundleError, CheckpointError, DataError, RecipeError, InputError, EngineError) as exc:
             print(f"error: {exc}", file=sys.stderr)
             return 2
         if args.out:

@@ -42,7 +42,9 @@ from runtimes.runner import EngineError, InputError, Runner
 from runtimes.verify import Case, Outputs, Parity, compare, replay, step_logits, write_cases
 
 EXPORT_LIMIT = 1e-4  # relative L2 of features and logits, twin against reference
-ELSEWHERE = 3  # how many times the error of this machine another one may show; ARM kernels were seen to double it
+# How many times the error of this machine another one may show. With explicit zero points ARM and x86 were seen to
+# agree to a tenth of it; kernels that ignore them double it, and are to be caught.
+ELSEWHERE = 2
 CASE_TOKENS = 8  # greedy tokens of a golden case
 ANSWER_TOKENS = 32  # at most this many for a document
 MAX_DATA_LINE = 1 << 20
