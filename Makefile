@@ -7,12 +7,12 @@ STAMP := .venv/.setup-done
 DEMO := build/demo-android
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
-TEXTS := MODEL OUT RECIPE BUNDLE IMAGE QUESTION DATA
+TEXTS := MODEL OUT RECIPE CONTEXT BUNDLE IMAGE QUESTION DATA
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check train export-android verify ask clean
+.PHONY: help setup demo test test-full-size check train export-android export-ios verify ask clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -26,6 +26,9 @@ demo: $(STAMP)  ## export the carried checkpoint to build/demo-android, prove it
 test: $(STAMP)  ## run all tests
 	@$(PY) -m pytest
 
+test-full-size: $(STAMP)  ## the 2.2B (random weights): minutes, 7 GB of memory, 10 GB of disk
+	@$(PY) -m pytest --full-size -m full_size
+
 check: $(STAMP)  ## format, lint, types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
 
@@ -35,6 +38,9 @@ train: $(STAMP)  ## OUT=folder: train the demo checkpoint anew (hours; goes on w
 
 export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [RECIPE=int4] [DATA=documents.jsonl]
 	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${DATA:+--data="$$DATA"}
+
+export-ios: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [RECIPE=int4] [CONTEXT=2048] [DATA=documents.jsonl]
+	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
 
 verify: $(STAMP)  ## BUNDLE=folder
 	@$(PY) -m runtimes.verify -- "$${BUNDLE:?is missing: the folder of a bundle}"
@@ -53,6 +59,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)') "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --editable '.[export,demo,dev]'
+	$(PIP) --editable '.[export,ios,demo,dev]'
 	$(PIP) --no-deps --upgrade --target .venv/oracle "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@

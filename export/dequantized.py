@@ -19,16 +19,8 @@ import numpy as np
 from export.checkpoint import resolve
 from export.smolvlm import matrices
 from export.spec import CheckpointError, ModelSpec, read_spec, tensor_shapes
-from export.weights import Weights, open_weights
-from quantize.int4 import (
-    F32,
-    ColumnTensor,
-    QTensor,
-    dequantize,
-    dequantize_columns,
-    quantize_blocks,
-    quantize_columns,
-)
+from export.weights import Weights, block_tensors, column_tensors, open_weights
+from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
 from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
 from runtimes.bundle import stage_bundle
 from runtimes.manifest import BundleError
@@ -49,8 +41,12 @@ class Dequantized:
         self._keep = keep
         self._kept: dict[str, QTensor | ColumnTensor] = {}
 
+    def in_integers(self, name: str) -> bool:
+        """Whether the recipe quantizes the tensor."""
+        return name in self._matrices and self._recipe.scheme(name).format != "float"
+
     def __getitem__(self, name: str) -> F32:
-        if name not in self._matrices or self._recipe.scheme(name).format == "float":
+        if not self.in_integers(name):
             return self._weights[name]
         integers = self._kept[name] if name in self._kept else self._quantized(name)
         if self._keep:
@@ -58,14 +54,9 @@ class Dequantized:
         return dequantize(integers) if isinstance(integers, QTensor) else dequantize_columns(integers)
 
     def _quantized(self, name: str) -> QTensor | ColumnTensor:
-        scheme, (n, k) = self._recipe.scheme(name), self._weights.shape(name)
-
-        def rows(start: int, stop: int) -> F32:
-            return self._weights.rows(name, start, stop)
-
-        if scheme.format == "column":
-            return quantize_columns(rows, (n, k), reduced_range=scheme.reduced_range)
-        return quantize_blocks(rows, (n, k), bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric)
+        scheme = self._recipe.scheme(name)
+        make = column_tensors if scheme.format == "column" else block_tensors
+        return make(self._weights, [name], scheme)[0]
 
 
 def write_dequantized(folder: Path, recipe: Recipe, out: Path) -> Iterator[str]:

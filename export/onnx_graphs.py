@@ -4,9 +4,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from export.onnx_ops import DataFile, OnnxOps, WeightSource, stored_index
+from export.onnx_ops import DataFile, OnnxOps, stored_index
 from export.smolvlm import EMBED, HEAD, TEXT, VISION, decoder, vision_tower
 from export.spec import CheckpointError, ModelSpec
+from export.weights import WeightSource
 from quantize.recipe import Recipe, Scheme
 
 GRAPHS = ("embed_tokens", "vision_encoder", "decoder_model_merged")

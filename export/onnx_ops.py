@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from export.smolvlm import VISION
-from export.spec import CheckpointError, TextSpec, VisionSpec, position_ids
-from quantize.int4 import F32, ColumnTensor, QTensor, pack, quantize_blocks, quantize_columns
+from export.spec import CheckpointError, TextSpec, VisionSpec, position_ids, rope_tables
+from export.weights import WeightSource, block_tensors, column_tensors
+from quantize.int4 import QTensor, pack
 from quantize.recipe import Recipe, Scheme
 
 OPSETS = {"": 21, "com.microsoft": 1}
@@ -34,14 +35,6 @@ DTYPES = {
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
 }
-
-
-class WeightSource(Protocol):
-    """A checkpoint's tensors, lazily (export/weights.py)."""
-
-    def __getitem__(self, name: str) -> F32: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def rows(self, name: str, start: int, stop: int) -> F32: ...
 
 
 @dataclass(frozen=True)
@@ -230,29 +223,13 @@ class OnnxOps:
     def _plus(self, x: ir.Value, bias: ir.Value | None) -> ir.Value:
         return x if bias is None else self.node("Add", [x, bias], dtype=ir.DataType.FLOAT)
 
-    def _quantized(self, name: str, scheme: Scheme) -> QTensor:
-        n, k = self.weights.shape(name)
-        return quantize_blocks(
-            lambda start, stop: self.weights.rows(name, start, stop),
-            (n, k),
-            bits=scheme.bits,
-            block=scheme.block,
-            symmetric=scheme.symmetric,
-        )
-
-    def _columns(self, name: str, scheme: Scheme) -> ColumnTensor:
-        n, k = self.weights.shape(name)
-        return quantize_columns(
-            lambda start, stop: self.weights.rows(name, start, stop), (n, k), reduced_range=scheme.reduced_range
-        )
-
     def _linear_block(
         self, x: ir.Value, title: str, weights: Sequence[str], bias: ir.Value | None, scheme: Scheme
     ) -> ir.Value:
         """MatMulNBits: B u8 [N, blocks, bytes], scales [N, blocks], zero points packed [N, blocks * bits / 8]."""
 
         def make() -> list[Array]:
-            parts = [self._quantized(name, scheme) for name in weights]
+            parts = block_tensors(self.weights, weights, scheme)
             return [
                 np.concatenate([p.packed for p in parts]),
                 np.concatenate([p.scales for p in parts]).astype(np.float32),
@@ -276,7 +253,7 @@ class OnnxOps:
         """u8 activations, quantized on the fly per tensor, times s8 weights [K, N]."""
 
         def make() -> list[Array]:
-            parts = [self._columns(name, scheme) for name in weights]
+            parts = column_tensors(self.weights, weights, scheme)
             return [
                 np.concatenate([p.values for p in parts]).T,
                 np.concatenate([p.scales for p in parts]).astype(np.float32),
@@ -445,7 +422,7 @@ class OnnxOps:
         else:
 
             def make() -> list[Array]:
-                q = self._quantized(weight, scheme)
+                (q,) = block_tensors(self.weights, [weight], scheme)
                 flat = q.packed.reshape(vocab, -1)[:, : hidden * scheme.bits // 8]
                 return [flat, q.scales.astype(np.float32), packed_zeros(q)]
 
@@ -510,13 +487,3 @@ def packed_zeros(tensor: QTensor) -> npt.NDArray[np.uint8]:
     if tensor.bits == 4 and zeros.shape[1] % 2:
         zeros = np.pad(zeros, ((0, 0), (0, 1)))
     return pack(zeros, tensor.bits)
-
-
-def rope_tables(text: TextSpec) -> list[F32]:
-    """cos and sin f32 [positions, D / 2] of the rotary embedding, in the reference's float32 arithmetic."""
-    exponents = np.arange(0, text.head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(text.head_dim)
-    inverse = (1.0 / np.power(np.float64(text.rope_theta), exponents.astype(np.float64)).astype(np.float32)).astype(
-        np.float32
-    )
-    angles = np.arange(text.max_positions, dtype=np.float32)[:, None] * inverse[None, :]
-    return [np.cos(angles), np.sin(angles)]

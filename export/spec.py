@@ -209,6 +209,16 @@ def _boundaries(grid: int) -> npt.NDArray[np.float32]:
     return np.where(index < count // 16 * 16, twice, once)
 
 
+def rope_tables(text: TextSpec) -> list[npt.NDArray[np.float32]]:
+    """cos and sin f32 [positions, D / 2] of the rotary embedding, in the reference's float32 arithmetic."""
+    exponents = np.arange(0, text.head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(text.head_dim)
+    inverse = (1.0 / np.power(np.float64(text.rope_theta), exponents.astype(np.float64)).astype(np.float32)).astype(
+        np.float32
+    )
+    angles = np.arange(text.max_positions, dtype=np.float32)[:, None] * inverse[None, :]
+    return [np.cos(angles), np.sin(angles)]
+
+
 def _vision(config: Table, where: str) -> VisionSpec:
     activation = config.get("hidden_act", "gelu_pytorch_tanh")
     if not isinstance(activation, str) or activation not in VISION_ACTIVATIONS:

@@ -5,13 +5,17 @@ Names and shapes are checked against the spec before any data is read; values wh
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from export.spec import CheckpointError, ModelSpec, read_json, tensor_shapes
+from quantize.int4 import ColumnTensor, QTensor, quantize_blocks, quantize_columns
+from quantize.recipe import Scheme
 from runtimes.tensorfile import TensorFileError, TensorInfo, read_header, read_tensor
 
 F32 = npt.NDArray[np.float32]
@@ -22,6 +26,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that old checkpoints carry and no model reads.
 HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids)$")
 SLAB = 1 << 20  # values checked or compared at a time
+
+
+class WeightSource(Protocol):
+    """Tensors by Hugging Face name, in float32, as a whole or some rows at a time."""
+
+    def __getitem__(self, name: str) -> F32: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def rows(self, name: str, start: int, stop: int) -> F32: ...
 
 
 class Weights(Mapping[str, F32]):
@@ -114,6 +126,34 @@ def open_weights(folder: Path, spec: ModelSpec) -> Weights:
             )
         del checked[HEAD]
     return Weights(checked)
+
+
+def block_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -> list[QTensor]:
+    """Matrices quantized by a scheme of format "block"."""
+    return [
+        quantize_blocks(
+            partial(weights.rows, name),
+            matrix_shape(weights, name),
+            bits=scheme.bits,
+            block=scheme.block,
+            symmetric=scheme.symmetric,
+        )
+        for name in names
+    ]
+
+
+def column_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -> list[ColumnTensor]:
+    """Matrices quantized by a scheme of format "column"."""
+    return [
+        quantize_columns(partial(weights.rows, name), matrix_shape(weights, name), reduced_range=scheme.reduced_range)
+        for name in names
+    ]
+
+
+def matrix_shape(weights: WeightSource, name: str) -> tuple[int, int]:
+    """(outputs, inputs) of a matrix."""
+    n, k = weights.shape(name)
+    return n, k
 
 
 def _locate(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:

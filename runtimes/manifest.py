@@ -9,7 +9,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-SCHEMA = 1  # the manifests that this module writes, and the newest that it reads
+SCHEMA = 2  # the manifests that this module writes
+LEAST_READER = 1  # the oldest reader that understands them: `notes` came with schema 2, and may be ignored
 MANIFEST = "manifest.json"
 HALF_MANIFEST = ".manifest.json.partial"  # the next manifest of a bundle, until it replaces the present one
 MAX_JSON_BYTES = 64 * 2**20
@@ -121,11 +122,12 @@ class Manifest:
     image: ImageLimits
     text: TextLimits
     memory: tuple[MemoryEstimate, ...]
+    notes: tuple[str, ...] = ()  # what whoever uses the bundle must know, in sentences
     proof: Proof = Proof("pending", None)
     files: tuple[FileEntry, ...] = ()
     payload_digest: str = ""
     schema: int = SCHEMA
-    min_reader: int = SCHEMA
+    min_reader: int = LEAST_READER
 
 
 def parse_manifest(content: Json, where: str) -> Manifest:
@@ -139,7 +141,7 @@ def parse_manifest(content: Json, where: str) -> Manifest:
         raise BundleError(f"{where}: schema {schema} with min_reader {least}, want 1 <= min_reader <= schema")
     if least > SCHEMA:
         raise BundleError(f"{where}: needs a reader of schema {least}, this one knows {SCHEMA}: update smolport")
-    manifest: Manifest = _parse(Manifest, content, where)
+    manifest: Manifest = _parse(Manifest, {"notes": []} | content if schema < 2 else content, where)
     _check(manifest, where)
     return manifest
 

@@ -160,7 +160,7 @@ def open_runner(bundle: Bundle, *, threads: int = 0, vision: bool = False) -> Ru
 
     Args:
         bundle: as read by `read_bundle`.
-        threads: 0 lets the engine choose.
+        threads: 0 lets the engine choose; Core ML and the executor of its programs always do.
         vision: load the vision tower now; otherwise the first image does.
 
     Raises:
@@ -171,8 +171,21 @@ def open_runner(bundle: Bundle, *, threads: int = 0, vision: bool = False) -> Ru
             from runtimes.ort import OrtRunner  # here: an engine is loaded only when a bundle needs it
 
             return OrtRunner(bundle, threads=threads, vision=vision)
+        case "coreml":
+            from runtimes.coreml import CoreMLRunner
+
+            return CoreMLRunner(bundle, vision=vision)
         case target:
-            raise BundleError(f"{bundle.folder / 'manifest.json'}: target is {target!r}, and only onnx runs here")
+            raise BundleError(f"{bundle.folder / 'manifest.json'}: target is {target!r}, want onnx or coreml")
+
+
+def engine_name(bundle: Bundle) -> str:
+    """What `open_runner` runs the bundle with, to be shown beside every result."""
+    if bundle.manifest.target == "coreml":
+        from runtimes.coreml import engine_name as name
+
+        return name()
+    return "ONNX Runtime"
 
 
 def check_pixels(pixels: Floats, settings: BundleSettings) -> None:

@@ -25,7 +25,7 @@ from runtimes.bundle import Bundle, read_bundle
 from runtimes.manifest import BundleError
 from runtimes.preprocess import ImageSettings, normalize, preprocess, read_settings
 from runtimes.prompt import ImagePart, Message, PromptEncoder
-from runtimes.runner import EngineError, Runner
+from runtimes.runner import EngineError, Runner, engine_name, open_runner
 from runtimes.tensorfile import TensorFileError, read_header, read_tensor, write_tensors
 
 F32 = npt.NDArray[np.float32]
@@ -249,10 +249,8 @@ def bundle_limits(bundle: Bundle) -> Mapping[str, float]:
 
 
 def verify(bundle: Bundle) -> Parity:
-    """Replays the bundle's golden cases with ONNX Runtime on this machine and judges them."""
-    from runtimes.ort import OrtRunner  # a device that only reads bundles needs no engine
-
-    runner = OrtRunner(bundle)
+    """Replays the bundle's golden cases with the engine of its target on this machine and judges them."""
+    runner = open_runner(bundle)
     encoder = PromptEncoder.from_folder(bundle.folder)
     settings = read_settings(bundle.folder / "preprocessor_config.json")
     return compare(replay(runner, encoder, settings, read_cases(bundle.folder)), **bundle_limits(bundle))
@@ -276,12 +274,13 @@ def main() -> int:
     for fault in parity.faults:
         print(f"FAULT {fault}")
     print(
-        f"{'passed' if parity.passed else 'FAILED'}: {parity.cases} cases, worst relative error of features "
-        f"{parity.features_error:.2e}, of logits {parity.logits_error:.2e}, {parity.tokens_equal} of "
+        f"{'passed' if parity.passed else 'FAILED'} by {engine_name(bundle)}: {parity.cases} cases, worst relative "
+        f"error of features {parity.features_error:.2e}, of logits {parity.logits_error:.2e}, {parity.tokens_equal} of "
         f"{parity.tokens} greedy tokens equal ({parity.ties} ties), {time.monotonic() - began:.1f} s"
     )
     if args.json:
-        print(json.dumps({"passed": parity.passed, "payload_digest": bundle.manifest.payload_digest, **asdict(parity)}))
+        summary = {"passed": parity.passed, "engine": engine_name(bundle)}
+        print(json.dumps(summary | {"payload_digest": bundle.manifest.payload_digest, **asdict(parity)}))
     return 0 if parity.passed else 1
 
 

@@ -9,6 +9,17 @@ from benchmarks.export_cost import RANDOM
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-size", action="store_true", help="run the tests on checkpoints of a published size too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full-size"):
+        for item in items:
+            if "full_size" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="minutes and gigabytes: make test-full-size"))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint of a few hundred kilobytes; do not write into it."""
@@ -23,6 +34,16 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
     from export.android import export_android
 
     return export_android(str(tiny_checkpoint), tiny_checkpoint.parent / "bundle", LOOSE).bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_ios_bundle(tiny_checkpoint: Path) -> Path:
+    """Its proven int4 bundle for Core ML, context 256 and chunks of 16; do not write into it."""
+    pytest.importorskip("coremltools")
+    from export.ios import export_ios
+
+    out = tiny_checkpoint.parent / "ios"
+    return export_ios(str(tiny_checkpoint), out, LOOSE, context=256, chunk=16).bundle
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +62,16 @@ def demo_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     for _ in write_documents("test", 24, "clean", folder / "documents"):
         pass
     return export_android(str(demo_checkpoint), folder / "bundle", data=folder / "documents").bundle
+
+
+@pytest.fixture(scope="session")
+def demo_ios_bundle(demo_checkpoint: Path, demo_bundle: Path) -> Path:
+    """Its proven int4 bundle for Core ML, on the same documents; do not write into it."""
+    pytest.importorskip("coremltools")
+    from export.ios import export_ios
+
+    folder = demo_bundle.parent
+    return export_ios(str(demo_checkpoint), folder / "ios", data=folder / "documents").bundle
 
 
 # Random weights amplify quantization noise as no trained model does: the tiny bundles use the shipped int4

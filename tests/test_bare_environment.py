@@ -41,6 +41,14 @@ def test_a_bare_environment_answers_a_question_about_an_image(python: Path, tiny
     assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4
 
 
+def test_a_bare_environment_executes_a_core_ml_bundle(python: Path, tiny_ios_bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
+    question = [str(tiny_ios_bundle), "--image", str(tmp_path / "red.png"), "--max-new-tokens", "4", "--json", "What?"]
+    done = bare(python, "-X", "utf8", "-m", "runtimes.ask", *question)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4
+
+
 def test_every_module_of_runtimes_is_imported_where_nothing_else_is_installed(python: Path) -> None:
     names = [f"runtimes.{path.stem}" for path in (ROOT / "runtimes").glob("*.py") if path.stem != "__init__"]
     code = f"""

@@ -229,8 +229,12 @@ def test_an_impossible_value_is_named(part: str, key: str, wrong: object) -> Non
 def test_unknown_keys_are_allowed_and_a_newer_least_reader_is_not() -> None:
     content = json_manifest() | {"schema": 7, "colour": "blue"}
     assert parse_manifest(content, "m.json").schema == 7
-    with pytest.raises(BundleError, match="needs a reader of schema 2"):
-        parse_manifest(content | {"min_reader": 2, "files": "in a way not known yet"}, "m.json")
+    with pytest.raises(BundleError, match="needs a reader of schema 3"):
+        parse_manifest(content | {"min_reader": 3, "files": "in a way not known yet"}, "m.json")
+    first = {key: value for key, value in content.items() if key != "notes"} | {"schema": 1}
+    assert parse_manifest(first, "m.json").notes == ()  # notes came with schema 2
+    with pytest.raises(BundleError, match="notes is missing"):
+        parse_manifest(first | {"schema": 2}, "m.json")
     with pytest.raises(BundleError, match="min_reader"):
         parse_manifest(content | {"schema": 1, "min_reader": 0}, "m.json")
 

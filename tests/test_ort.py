@@ -302,8 +302,10 @@ def test_an_engine_that_is_too_old_or_another_is_refused(bundle: Bundle) -> None
         OrtRunner(with_(engine=replace(bundle.manifest.engine, least="99.1")))
     with pytest.raises(BundleError, match="target coreml on onnxruntime"):
         OrtRunner(with_(target="coreml"))
-    with pytest.raises(BundleError, match="target is 'coreml', and only onnx runs here"):
+    with pytest.raises(BundleError, match="target coreml on onnxruntime, want coreml on coreml"):
         open_runner(with_(target="coreml"))
+    with pytest.raises(BundleError, match="target is 'tflite', want onnx or coreml"):
+        open_runner(with_(target="tflite"))
 
 
 def test_a_file_that_is_no_graph_is_named(bundle: Bundle, tmp_path: Path) -> None:

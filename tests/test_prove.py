@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import SmolVLMForConditionalGeneration
 
+import export.onnx_graphs
 import export.onnx_ops
-import export.prove
 import export.spec
 import runtimes.preprocess
 import runtimes.verify
@@ -65,7 +65,7 @@ def test_a_flipped_nibble_is_named(pending: Path, tiny_checkpoint: Path, tmp_pat
 def test_the_twin_alone_sees_a_flipped_nibble(
     pending: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.prove, "check_graphs", lambda *_: [])
+    monkeypatch.setattr(export.onnx_graphs, "check_graphs", lambda *_: [])
     folder = shutil.copytree(pending, tmp_path / "bundle")
     name = "model.text_model.layers.1.mlp.down_proj.weight.q"
     flip(folder / f"{DECODER}_data", stored_index(folder / DECODER)[name].offset + 77, 0x80)
@@ -86,7 +86,7 @@ def test_a_swapped_scale_is_named(pending: Path, tiny_checkpoint: Path, tmp_path
 
 
 def wrong_theta(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = export.onnx_ops.rope_tables
+    tables = export.spec.rope_tables
     monkeypatch.setattr(export.onnx_ops, "rope_tables", lambda text: tables(replace(text, rope_theta=10500.0)))
 
 

@@ -1,0 +1,113 @@
+"""What the proof needs to know of a target: how to make its payload again, its twin, what is shipped, the limits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from export.dequantized import Dequantized
+from export.reference import Tensors
+from export.spec import ModelSpec
+from export.weights import Weights
+from quantize.int4 import F32
+from quantize.recipe import Recipe
+from runtimes.bundle import Bundle
+from runtimes.manifest import BundleError
+from runtimes.runner import Runner
+
+HALF_LIMIT = 0.02  # relative L2: what rounding to fp16 after each operation may change
+
+
+@dataclass(frozen=True)
+class Target:
+    """A written bundle as the proof sees it.
+
+    different: makes the payload again; names what is not the same, byte for byte.
+    stored: the weights that the payload's bytes stand for, for the reference.
+    unrounded: the same before constants were rounded for this target; None if none is.
+    twin: the payload with fp32 compute.
+    shipped: the payload as a device computes it.
+    unused: after both have run, names constants of the payload that neither has read.
+    features_limit, logits_limit: of the difference between the two, relative L2.
+    elsewhere: how many times the error of this machine another one may show; None: only the limits hold.
+    """
+
+    different: Callable[[], list[str]]
+    stored: Tensors
+    unrounded: Tensors | None
+    twin: Callable[[], Runner]
+    shipped: Callable[[], Runner]
+    unused: Callable[[], list[str]]
+    features_limit: float
+    logits_limit: float
+    elsewhere: float | None
+
+
+def open_target(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
+    """The target of a bundle, by its manifest. Raises BundleError for one that cannot be proven."""
+    match bundle.manifest.target:
+        case "onnx":
+            return _onnx(bundle, spec, weights, recipe)
+        case "coreml":
+            return _coreml(bundle, spec, weights, recipe)
+        case other:
+            raise BundleError(f"{bundle.folder / 'manifest.json'}: target is {other!r}, want onnx or coreml")
+
+
+def _onnx(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
+    from export.onnx_graphs import GRAPHS, check_graphs, twin_graph
+    from runtimes.ort import OrtRunner
+
+    folder = bundle.folder / "onnx"
+
+    def twin() -> Runner:
+        return OrtRunner(bundle, graphs={g: twin_graph(g, folder, spec, weights, recipe) for g in GRAPHS})
+
+    return Target(
+        different=lambda: check_graphs(folder, spec, weights, recipe),
+        stored=Dequantized(spec, weights, recipe, keep=True),
+        unrounded=None,
+        twin=twin,
+        shipped=lambda: OrtRunner(bundle),
+        unused=list,
+        features_limit=recipe.limits.activation_features,
+        logits_limit=recipe.limits.activation_logits,
+        elsewhere=2,  # ARM and x86 agreed to a tenth of it; kernels that ignore zero points double it, and are caught
+    )
+
+
+def _coreml(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
+    from export.coreml_packages import check_packages
+    from runtimes.coreml import FOLDER, CoreMLRunner, Executed
+
+    folder = bundle.folder / FOLDER
+    context = bundle.manifest.text.context
+    dequantized = Dequantized(spec, weights, recipe, keep=True)
+    ideal, half = Executed(half=False), Executed(half=True)
+    chunk = CoreMLRunner(bundle, load=ideal).chunk
+    return Target(
+        different=lambda: check_packages(folder, spec, weights, recipe, context, chunk),
+        stored=HalfConstants(dequantized),
+        unrounded=dequantized,
+        twin=lambda: CoreMLRunner(bundle, load=ideal),
+        shipped=lambda: CoreMLRunner(bundle, load=half),
+        unused=lambda: sorted(set(ideal.unread()) & set(half.unread())),
+        features_limit=HALF_LIMIT,
+        logits_limit=HALF_LIMIT,
+        elsewhere=None,  # no device has shown yet how far its kernels are from these
+    )
+
+
+class HalfConstants:
+    """Weights as a Core ML bundle holds them: what is not in integers rounded to fp16."""
+
+    def __init__(self, weights: Dequantized) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> F32:
+        array = self._weights[name]
+        if self._weights.in_integers(name):
+            return array
+        rounded: Any = array.astype(np.float16)
+        return np.asarray(rounded, dtype=np.float32)
