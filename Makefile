@@ -4,7 +4,7 @@ RECIPE ?= int4
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := .venv/.setup-done
-DEMO := build/demo-android
+DEMO := build/demo-android build/demo-ios build/demo-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL OUT RECIPE CONTEXT BUNDLE IMAGE QUESTION DATA
@@ -19,9 +19,9 @@ help:  ## list the actions
 
 setup: $(STAMP)  ## .venv with pinned packages (on Linux TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids CUDA)
 
-demo: $(STAMP)  ## export the carried checkpoint to build/demo-android, prove it, ask it about a sample image
-	@rm -rf $(DEMO) $(DEMO)-documents
-	@$(PY) -m demo.run --out $(DEMO)
+demo: $(STAMP)  ## export the carried checkpoint to build/demo-android and build/demo-ios, prove them, ask about an image
+	@rm -rf $(DEMO)
+	@$(PY) -m demo.run --out build
 
 test: $(STAMP)  ## run all tests
 	@$(PY) -m pytest
@@ -48,8 +48,8 @@ verify: $(STAMP)  ## BUNDLE=folder
 ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
 	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
 
-clean:  ## remove the demo's bundle and every cache (.venv and other builds stay)
-	@rm -rf $(DEMO) $(DEMO)-documents .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules
+clean:  ## remove the demo's bundles and every cache (.venv and other builds stay)
+	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules
 	@find $(wildcard benchmarks demo device_harness export quantize router_client runtimes tests) -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: where an index is named it gives torch alone, and later steps find it installed.

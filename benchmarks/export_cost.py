@@ -1,9 +1,9 @@
 """What an export costs at full size: time and peak memory of weights to graphs, on random checkpoints.
 
-    python -m benchmarks.export_cost --size 2.2b --size 256m [--runs 3] [--proof] [--out FILE.jsonl]
+    python -m benchmarks.export_cost --size 2.2b [--target android] [--runs 3] [--proof] [--out FILE.jsonl]
 
-Each run is a process of its own; its peak is the kernel's ru_maxrss. The bundle then answers a question in
-ONNX Runtime. One JSON line a run, and a table of medians. Not covered: accuracy (the weights are random), devices.
+Each run is a process of its own; its peak is the kernel's ru_maxrss. The bundle then answers a question with the engine
+that runs it here. One JSON line a run, and a table of medians. Not covered: accuracy (the weights are random), devices.
 """
 
 import argparse
@@ -48,23 +48,34 @@ def timed(arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def measure(checkpoint: Path, size: str, recipe: str, proof: bool) -> dict[str, Any]:
-    """One export of a checkpoint, one answer from the bundle, one proof where asked for."""
+def measure(
+    checkpoint: Path, size: str, recipe: str, *, target: str = "android", answer_tokens: int = 4, proof: bool = False
+) -> dict[str, Any]:
+    """One export of a checkpoint, one answer from the bundle (0 tokens: none), one proof where asked for."""
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix="export-cost-") as scratch:
         bundle = Path(scratch) / "bundle"
         where = ["--model", str(checkpoint)]
-        export = timed(["export.android", *where, "--out", str(bundle), "--recipe", recipe, "--no-proof", "--json"])
-        question = [str(bundle), "--allow-pending", "--max-new-tokens", "4", "--json", "Say something."]
-        answer = timed(["runtimes.ask", *question])
+        export = timed([f"export.{target}", *where, "--out", str(bundle), "--recipe", recipe, "--no-proof", "--json"])
         row = {
             "size": size,
+            "target": target,
             "recipe": Path(recipe).stem,
             "payload_bytes": export["result"]["payload_bytes"],
             "graphs_s": round(export["result"]["export_s"], 2),  # inside the process, without starting Python
             "export": {k: export[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")},
-            "answer_tokens": answer["result"]["tokens"],
-            "answer": {k: answer[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")},
         }
+        if answer_tokens:
+            question = [
+                str(bundle),
+                "--allow-pending",
+                "--max-new-tokens",
+                str(answer_tokens),
+                "--json",
+                "Say something.",
+            ]
+            answer = timed(["runtimes.ask", *question])
+            row["answer_tokens"] = answer["result"]["tokens"]
+            row["answer"] = {k: answer[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")}
         if proof:
             done = timed(["export.prove", str(bundle), *where, "--recipe", recipe, "--json"])
             row["proof"] = {k: done[k] for k in ("wall_s", "cpu_s", "peak_rss_mib")}
@@ -81,20 +92,22 @@ def measure(checkpoint: Path, size: str, recipe: str, proof: bool) -> dict[str, 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, one line a size: medians, and the highest peaks."""
-    head = ["size", "runs", "payload MB", "weights to graphs, s", "peak, MiB"]
+    """The rows as Markdown, one line a size and target: medians, and the highest peaks."""
+    head = ["size", "target", "runs", "payload MB", "weights to graphs, s", "peak, MiB"]
     head += ["first answer, peak MiB", "proof, s", "proof, peak MiB"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for size in dict.fromkeys(row["size"] for row in rows):
-        runs = [row for row in rows if row["size"] == size]
+    for size, target in dict.fromkeys((row["size"], row["target"]) for row in rows):
+        runs = [row for row in rows if (row["size"], row["target"]) == (size, target)]
         proofs = [row["proof"] for row in runs if "proof" in row]
+        answers = [row["answer"] for row in runs if "answer" in row]
         cells = [
             size,
+            target,
             str(len(runs)),
             f"{runs[0]['payload_bytes'] / 1e6:.0f}",
             f"{statistics.median(row['graphs_s'] for row in runs):.1f}",
             f"{max(row['export']['peak_rss_mib'] for row in runs):.0f}",
-            f"{max(row['answer']['peak_rss_mib'] for row in runs):.0f}",
+            f"{max(a['peak_rss_mib'] for a in answers):.0f}" if answers else "-",
             f"{statistics.median(p['wall_s'] for p in proofs):.0f}" if proofs else "-",
             f"{max(p['peak_rss_mib'] for p in proofs):.0f}" if proofs else "-",
         ]
@@ -105,6 +118,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=sorted(SIZES), action="append", help="may be repeated (default: all)")
+    parser.add_argument("--target", choices=("android", "ios"), default="android", help="default: %(default)s")
+    parser.add_argument("--answer-tokens", type=int, default=4, help="0: ask nothing (default: %(default)s)")
     parser.add_argument("--recipe", default=str(RANDOM), help="default: the rules of int4, without limits on the loss")
     parser.add_argument("--runs", type=int, default=3, help="exports of each size (default: %(default)s)")
     parser.add_argument("--proof", action="store_true", help="prove the bundle of the last run too")
@@ -121,7 +136,16 @@ def main() -> int:
             command = ["benchmarks.random_checkpoint", "--size", size, "--out", str(checkpoint)]
             subprocess.run([sys.executable, "-m", *command], check=True)  # noqa: S603  # our own module
         for run in range(args.runs):
-            rows.append(measure(checkpoint, size, args.recipe, args.proof and run == args.runs - 1))
+            rows.append(
+                measure(
+                    checkpoint,
+                    size,
+                    args.recipe,
+                    target=args.target,
+                    answer_tokens=args.answer_tokens,
+                    proof=args.proof and run == args.runs - 1,
+                )
+            )
             line = json.dumps(rows[-1])
             print(line, flush=True)
             if args.out:

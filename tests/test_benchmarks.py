@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 import benchmarks.recipe_loss
+from benchmarks.disagreement import compare_bundles
 from benchmarks.export_cost import measure as export_cost
 from benchmarks.export_cost import table, timed
 from benchmarks.recipe_loss import measure as recipe_loss
+from export.prove import read_data
+from runtimes.bundle import read_bundle
+from tests.checkpoints import make_checkpoint
 from tests.conftest import LOOSE
 
 
@@ -30,9 +34,40 @@ def test_an_export_is_timed_answered_and_proven(tiny_checkpoint: Path) -> None:
     assert 0 < row["graphs_s"] <= row["export"]["wall_s"]
     assert row["export_error"]["logits_error"] < 1e-5
     cells = [cell.strip() for cell in table([row, row]).splitlines()[-1].split("|")]
-    assert cells[1:3] == ["tiny", "2"]
-    assert cells[4] == f"{row['graphs_s']:.1f}"
-    assert cells[8] == f"{row['proof']['peak_rss_mib']:.0f}"
+    assert cells[1:4] == ["tiny", "android", "2"]
+    assert cells[5] == f"{row['graphs_s']:.1f}"
+    assert cells[9] == f"{row['proof']['peak_rss_mib']:.0f}"
+
+
+def test_an_export_to_core_ml_is_timed(tiny_checkpoint: Path) -> None:
+    pytest.importorskip("coremltools")
+    row = export_cost(tiny_checkpoint, "tiny", LOOSE, target="ios", answer_tokens=0)
+    assert row["target"] == "ios"
+    assert 0 < row["graphs_s"] <= row["export"]["wall_s"]
+    assert "answer" not in row
+    assert table([row]).splitlines()[-1].endswith("| - | - | - |")
+
+
+def test_bundles_that_differ_are_counted_and_every_difference_is_told(
+    tiny_bundle: Path, tiny_ios_bundle: Path, documents: Path, tmp_path: Path
+) -> None:
+    row = compare_bundles(read_bundle(tiny_bundle), read_bundle(tiny_ios_bundle), read_data(documents))
+    assert row["documents"] == 2
+    assert [bundle["target"] for bundle in row["bundles"]] == ["onnx", "coreml"]
+    assert row["bundles"][1]["engine"] == "the saved programs, emulated"
+    assert row["kl_mean"] > 0
+    assert row["differ"] == len(row["differences"])
+    low, high = row["interval_95"]
+    assert low <= row["rate"] <= high
+    # a bundle of other weights answers something else, and the tokens where they part are told
+    from export.ios import export_ios
+
+    other = export_ios(str(make_checkpoint(tmp_path / "other", seed=1)), tmp_path / "bundle", LOOSE, with_proof=False)
+    row = compare_bundles(read_bundle(tiny_bundle), read_bundle(other.bundle, allow_pending=True), read_data(documents))
+    assert row["differ"] == 2
+    for difference in row["differences"]:
+        assert difference["answers"][0] != difference["answers"][1]
+        assert difference["gaps"][0] > 0 > difference["gaps"][1]
 
 
 def test_a_run_that_fails_is_an_error_with_what_it_said() -> None:
