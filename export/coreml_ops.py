@@ -20,25 +20,25 @@ import numpy.typing as npt
 _chatter = logging.getLogger("coremltools")
 _level = _chatter.level
 _chatter.setLevel(logging.ERROR)  # on Linux an import warns of everything that runs on macOS only
-import coremltools  # noqa: E402  # after its logger was quietened
-from coremltools import proto  # noqa: E402
-from coremltools.converters.mil.backend.mil.helper import (  # noqa: E402
+import coremltools
+from coremltools import proto
+from coremltools.converters.mil.backend.mil.helper import (
     create_file_value_tensor,
     create_immediate_value,
     types_to_proto_primitive,
 )
-from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter, MILProtoExporter  # noqa: E402
-from coremltools.converters.mil.mil import Builder as mb  # noqa: E402, N813  # coremltools' own habit
-from coremltools.converters.mil.mil import Function, Program, types  # noqa: E402
+from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter, MILProtoExporter
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # coremltools' own habit
+from coremltools.converters.mil.mil import Function, Program, types
 
 _chatter.setLevel(_level)
 
-from export.smolvlm import VISION  # noqa: E402
-from export.spec import CheckpointError, TextSpec, VisionSpec, position_ids, rope_tables  # noqa: E402
-from export.weights import WeightSource, block_tensors, column_tensors, matrix_shape  # noqa: E402
-from quantize.int4 import QTensor, pack, unpack  # noqa: E402
-from quantize.recipe import Recipe, Scheme  # noqa: E402
-from runtimes.blobfile import BlobWriter  # noqa: E402
+from export.smolvlm import VISION
+from export.spec import CheckpointError, TextSpec, VisionSpec, position_ids, rope_tables
+from export.weights import WeightSource, block_tensors, column_tensors, matrix_shape
+from quantize.int4 import QTensor, pack, unpack
+from quantize.recipe import Recipe, Scheme
+from runtimes.blobfile import BlobWriter
 
 TARGET = coremltools.target.iOS18  # the first with states, multifunction packages and per-block scales
 SPECIFICATION = 9  # of iOS 18

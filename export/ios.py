@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from export.bundling import Exported, activation_bytes, describe, finish, parser, run, start, write_config
-from export.coreml_ops import SPECIFICATION
-from export.coreml_packages import write_packages
 from export.processor import write_processor_files
 from export.spec import CheckpointError, ModelSpec
+from export.targets import need_coremltools
 from quantize.recipe import DEFAULT
 from runtimes.bundle import stage_bundle
 from runtimes.coreml import FOLDER
@@ -58,6 +57,10 @@ def export_ios(
         target: the oldest system, iOS18 (or later) or macOS15 (or later).
     """
     _check_target(target)
+    need_coremltools()
+    from export.coreml_ops import SPECIFICATION
+    from export.coreml_packages import write_packages
+
     with stage_bundle(out) as stage:
         job = start(model, recipe_name, data, limit)
         most = job.spec.text.max_positions

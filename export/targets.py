@@ -8,7 +8,7 @@ import numpy as np
 
 from export.dequantized import Dequantized
 from export.reference import Tensors
-from export.spec import ModelSpec
+from export.spec import CheckpointError, ModelSpec
 from export.weights import Weights
 from quantize.int4 import F32
 from quantize.recipe import Recipe
@@ -55,6 +55,17 @@ def open_target(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recip
             raise BundleError(f"{bundle.folder / 'manifest.json'}: target is {other!r}, want onnx or coreml")
 
 
+def need_coremltools() -> None:
+    """Raises CheckpointError, with the remedy, where Core ML packages cannot be made."""
+    try:
+        import export.coreml_packages  # noqa: F401  # the first import of coremltools
+    except ModuleNotFoundError as exc:
+        if exc.name != "coremltools":
+            raise
+        where = "there are builds for macOS and for Linux on x86-64"
+        raise CheckpointError(f"Core ML packages need coremltools: pip install '.[ios]' ({where})") from exc
+
+
 def _onnx(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
     from export.onnx_graphs import GRAPHS, check_graphs, twin_graph
     from runtimes.ort import OrtRunner
@@ -78,6 +89,7 @@ def _onnx(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> 
 
 
 def _coreml(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
+    need_coremltools()
     from export.coreml_packages import check_packages
     from runtimes.coreml import FOLDER, CoreMLRunner, Executed
 
@@ -86,12 +98,17 @@ def _coreml(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -
     dequantized = Dequantized(spec, weights, recipe, keep=True)
     ideal, half = Executed(half=False), Executed(half=True)
     chunk = CoreMLRunner(bundle, load=ideal).chunk
+
+    def shipped() -> Runner:
+        ideal.forget()  # its weights are gigabytes
+        return CoreMLRunner(bundle, load=half)
+
     return Target(
         different=lambda: check_packages(folder, spec, weights, recipe, context, chunk),
         stored=HalfConstants(dequantized),
         unrounded=dequantized,
         twin=lambda: CoreMLRunner(bundle, load=ideal),
-        shipped=lambda: CoreMLRunner(bundle, load=half),
+        shipped=shipped,
         unused=lambda: sorted(set(ideal.unread()) & set(half.unread())),
         features_limit=HALF_LIMIT,
         logits_limit=HALF_LIMIT,

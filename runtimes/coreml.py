@@ -22,7 +22,7 @@ import numpy.typing as npt
 from runtimes.blobfile import BlobError
 from runtimes.bundle import Bundle
 from runtimes.manifest import BundleError
-from runtimes.mil import RESIDENT_BYTES, MilFunction, Package, load_package
+from runtimes.mil import MilFunction, Package, load_package
 from runtimes.milproto import Described, ProgramError, TensorType, read_model
 from runtimes.runner import (
     BundleSettings,
@@ -61,10 +61,10 @@ class Executed:
 
     Args:
         half: round to fp16 after each operation, as a device does; False: f32 throughout.
-        resident_bytes: dequantized weights that a package may keep in memory.
+        resident_bytes: of each package, as in `load_package`.
     """
 
-    def __init__(self, *, half: bool = True, resident_bytes: int = RESIDENT_BYTES) -> None:
+    def __init__(self, *, half: bool = True, resident_bytes: int | None = None) -> None:
         self._half, self._resident_bytes = half, resident_bytes
         self.packages: dict[Path, Package] = {}
 
@@ -72,6 +72,11 @@ class Executed:
         if folder not in self.packages:
             self.packages[folder] = load_package(folder, resident_bytes=self._resident_bytes)
         return self.packages[folder].function(function, half=self._half)
+
+    def forget(self) -> None:
+        """Frees what the packages keep in memory."""
+        for package in self.packages.values():
+            package.forget()
 
     def unread(self) -> list[str]:
         """The blobs of the packages loaded that no call has read yet."""
@@ -89,7 +94,7 @@ def native() -> Loader:
     try:
         import coremltools
     except ImportError as exc:
-        raise BundleError("running Core ML from Python needs coremltools: pip install 'smolport[ios]'") from exc
+        raise BundleError("running Core ML from Python needs coremltools: pip install '.[ios]'") from exc
 
     def load(folder: Path, function: str | None) -> Model:
         units = coremltools.ComputeUnit.CPU_AND_GPU

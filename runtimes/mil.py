@@ -32,7 +32,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 State = dict[str, Floats]
 
-RESIDENT_BYTES = 2 << 30  # dequantized weights kept between uses; what is beyond is made again
+LEAST_RESIDENT_BYTES = 2 << 30
 CHUNK = 1 << 20  # weights that a thread dequantizes at a time
 DTYPES = {"fp16": np.float32, "fp32": np.float32, "int32": np.int32, "bool": np.bool_}
 DEQUANTIZE = "constexpr_blockwise_shift_scale"
@@ -47,12 +47,22 @@ class Magnitude:
     finite: bool = True
 
 
-def load_package(folder: Path, *, resident_bytes: int = RESIDENT_BYTES) -> "Package":
+def default_resident_bytes() -> int:
+    """Dequantized weights that a package keeps between uses: a quarter of the machine's memory, at least 2 GiB."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return LEAST_RESIDENT_BYTES
+    return max(LEAST_RESIDENT_BYTES, memory // 4)
+
+
+def load_package(folder: Path, *, resident_bytes: int | None = None) -> "Package":
     """Reads a package and checks that program, description and weight.bin fit together.
 
     Args:
         folder: an .mlpackage.
-        resident_bytes: how much of its weights may stay in memory, dequantized.
+        resident_bytes: how much of its weights may stay in memory, dequantized; what is beyond is made again at
+            each use. None: `default_resident_bytes`.
 
     Raises:
         ProgramError, BlobError: naming the file, the function and the operation.
@@ -71,7 +81,9 @@ def load_package(folder: Path, *, resident_bytes: int = RESIDENT_BYTES) -> "Pack
     for name, function in model.functions.items():
         _check_description(model, name, str(model_path))
         _check_flow(function, f"{model_path}: function {name}")
-    return Package(folder, model, weights, blobs, resident_bytes)
+    return Package(
+        folder, model, weights, blobs, default_resident_bytes() if resident_bytes is None else resident_bytes
+    )
 
 
 class Package:
@@ -101,6 +113,11 @@ class Package:
         if name not in self.model.functions:
             raise ProgramError(f"{self.folder}: has no function {name}, but {sorted(self.model.functions)}")
         return MilFunction(self, self.model.functions[name], half)
+
+    def forget(self) -> None:
+        """Frees the weights that were kept in memory; a later call makes them again."""
+        self._room += sum(array.nbytes for array in self._kept.values())
+        self._kept.clear()
 
     def constant(self, value: Value) -> Any:
         """A constant's array (floats as f32) or text; a blob is read when it is asked for."""

@@ -578,6 +578,18 @@ def test_a_weight_that_core_ml_cannot_hold_is_named_and_nothing_is_left(
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_without_coremltools_the_remedy_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    for module in ("export.coreml_ops", "export.coreml_packages"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr(export, "coreml_packages")
+    with pytest.raises(CheckpointError, match=r"need coremltools: pip install"):
+        export_ios(str(tiny_checkpoint), tmp_path / "bundle", LOOSE)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_embedding_in_columns_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     rules = 'match = "*embed_tokens.weight"\nformat = "column"\nreduced_range = false\n\n[[rule]]\n'

@@ -139,6 +139,15 @@ def test_updates_of_the_cache_happen_in_place_and_mean_the_same(tiny_ios_bundle:
     assert np.array_equal(fast, feed(slow))
 
 
+def test_weights_that_were_forgotten_are_made_again(tiny_ios_bundle: Path) -> None:
+    package = load_package(decoder(tiny_ios_bundle))
+    before, room = feed(package), package._room  # noqa: SLF001
+    package.forget()
+    assert package._room > room  # noqa: SLF001
+    assert np.array_equal(feed(package), before)
+    assert package._room == room  # noqa: SLF001
+
+
 def test_half_mode_rounds_and_ideal_mode_does_not(tiny_ios_bundle: Path) -> None:
     package = load_package(decoder(tiny_ios_bundle))
     half, ideal = feed(package), feed(package, half=False)
