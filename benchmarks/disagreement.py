@@ -54,6 +54,10 @@ def compare_bundles(first: Bundle, second: Bundle, documents: Sequence[Document]
         BundleError, InputError, EngineError, ImageError: if a bundle or a picture cannot be used.
     """
     pair = (Answering(first), Answering(second))
+    sizes = [(one.runner.settings.vocab, sorted(one.runner.settings.eos_ids)) for one in pair]
+    tokenizers = [next(f.sha256 for f in one.bundle.manifest.files if f.path == "tokenizer.json") for one in pair]
+    if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
+        raise BundleError(f"{first.folder} and {second.folder}: are of different tokenizers, so of different models")
     differences, divergences, right = [], [], [0, 0]
     last = time.monotonic()
     for number, document in enumerate(documents):

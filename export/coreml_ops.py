@@ -39,10 +39,11 @@ from export.weights import WeightSource, block_tensors, column_tensors, matrix_s
 from quantize.int4 import QTensor, pack, unpack
 from quantize.recipe import Recipe, Scheme
 from runtimes.blobfile import BlobWriter
+from runtimes.mil_package import SPECIFICATION
+from runtimes.milproto import BLOB_FILE
 
 TARGET = coremltools.target.iOS18  # the first with states, multifunction packages and per-block scales
-SPECIFICATION = 9  # of iOS 18
-HALF_MAX = 65504.0
+HALF_MAX = float(np.finfo(np.float16).max)
 Array = npt.NDArray[Any]
 Var = Any  # a value in a MIL program; coremltools has no types
 
@@ -118,7 +119,7 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]  # has no types
         if var.op.weight_id is None:
             return create_immediate_value(var)
         return create_file_value_tensor(
-            file_name="@model_path/weights/weight.bin",
+            file_name=BLOB_FILE,
             offset=self._weights.offset(var.op.weight_id),
             dim=var.shape,
             data_type=types_to_proto_primitive(var.sym_type.get_primitive()),
@@ -174,6 +175,14 @@ def half(array: Array, name: str) -> npt.NDArray[np.float16]:
     if (peak := float(np.abs(array).max(initial=0))) > HALF_MAX:
         raise CheckpointError(f"{name} holds {peak:.3g}, beyond fp16's {HALF_MAX:.0f}, in which Core ML computes")
     return array.astype(np.float16)
+
+
+def half_epsilon(value: float, name: str) -> np.float16:
+    """An epsilon in fp16. Raises CheckpointError where rounding would change what it means."""
+    rounded = np.float16(value)
+    if not abs(float(rounded) - value) <= 0.05 * value:
+        raise CheckpointError(f"{name} is {value:.3g}, which fp16 holds as {float(rounded):.3g}: too small for Core ML")
+    return rounded
 
 
 def flat_blocks(tensors: Sequence[QTensor]) -> list[Array]:
@@ -298,7 +307,7 @@ class MilOps:
 
     def layer_norm(self, x: Var, name: str, eps: float) -> Var:
         gamma, beta = self.vector(f"{name}.weight"), self.vector(f"{name}.bias")
-        return self.op("layer_norm", x=x, axes=[-1], gamma=gamma, beta=beta, epsilon=np.float16(eps))
+        return self.op("layer_norm", x=x, axes=[-1], gamma=gamma, beta=beta, epsilon=half_epsilon(eps, name))
 
     def rms_norm(self, x: Var, weight: str, eps: float) -> Var:
         """x / sqrt(mean(x^2) + eps) * weight without a square that leaves fp16 (which ends at 65504 = 256^2).
@@ -306,7 +315,7 @@ class MilOps:
         With s = max(max|x|, sqrt(eps)) that is y / sqrt(mean(y^2) + (sqrt(eps) / s)^2) for y = x / s: every square
         is at most 1, and either the mean is at least 1 / C or the second term is 1.
         """
-        root = np.float16(sqrt(eps))
+        root = half_epsilon(sqrt(eps), f"the square root of the epsilon of {weight}")
         peak = self.op("reduce_max", x=self.op("abs", x=x), axes=[-1], keep_dims=True)  # [B, T, 1]
         scale = self.op("maximum", x=peak, y=root)
         y = self.op("real_div", x=x, y=scale)

@@ -14,7 +14,8 @@ from export.smolvlm import EMBED, decoder, vision_tower
 from export.spec import CheckpointError, ModelSpec
 from export.weights import WeightSource, block_tensors
 from quantize.recipe import Recipe, Scheme
-from runtimes.coreml import DECODER, EMBEDDING, MASKED, MODEL, VISION, WEIGHTS
+from runtimes.coreml import DECODER, EMBEDDING, MASKED, VISION
+from runtimes.mil_package import MODEL, WEIGHTS
 from runtimes.tensorfile import stream_tensors
 
 DESCRIBED = {
@@ -55,7 +56,7 @@ def write_packages(
         finally:
             file.close()
         (folder / package / MODEL).write_bytes(model)
-        (folder / package / "Manifest.json").write_text(_manifest(package), encoding="utf-8")
+        (folder / package / "Manifest.json").write_bytes(_manifest(package))
         used |= stored
     progress(f"writing {EMBEDDING}")
     used[EMBED] = recipe.scheme(EMBED)
@@ -77,7 +78,7 @@ def check_packages(
         different += [f"{package}: weight.bin: {name}" for name in file.writer.different]
         if (folder / package / MODEL).read_bytes() != model:
             different.append(f"{package}: the program")
-        if (folder / package / "Manifest.json").read_text(encoding="utf-8") != _manifest(package):
+        if (folder / package / "Manifest.json").read_bytes() != _manifest(package):
             different.append(f"{package}: Manifest.json")
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         again = Path(scratch) / EMBEDDING
@@ -114,7 +115,7 @@ def _program(
     return save_program(program, file, DESCRIBED, title), used
 
 
-def _manifest(package: str) -> str:
+def _manifest(package: str) -> bytes:
     """Manifest.json of a package (a ModelPackage of coremltools), with identifiers that do not change."""
     items = {}
     for name, path, what in (
@@ -124,7 +125,7 @@ def _manifest(package: str) -> str:
         key = str(uuid.uuid5(uuid.NAMESPACE_URL, f"smolport:{package}/{path}")).upper()
         items[key] = {"author": "com.apple.CoreML", "description": what, "name": name, "path": path}
     content = {"fileFormatVersion": "1.0.0", "itemInfoEntries": items, "rootModelIdentifier": next(iter(items))}
-    return json.dumps(content, indent=4) + "\n"
+    return (json.dumps(content, indent=4) + "\n").encode()
 
 
 def _write_embedding(path: Path, weights: WeightSource, recipe: Recipe) -> None:

@@ -17,11 +17,12 @@ from export.spec import CheckpointError, ModelSpec
 from export.targets import need_coremltools
 from quantize.recipe import DEFAULT
 from runtimes.bundle import stage_bundle
-from runtimes.coreml import FOLDER
+from runtimes.coreml import FOLDER, LEAST_MACOS
 from runtimes.manifest import Engine, InstructionSet, MemoryEstimate
+from runtimes.mil_package import SPECIFICATION
 from runtimes.preprocess import TILE_BUDGETS
 
-LEAST_SYSTEM = {"iOS": 18, "macOS": 15}
+LEAST_SYSTEM = {"iOS": 18, "macOS": LEAST_MACOS}
 CONTEXT = 2048  # 17 tiles of 81 tokens and 600 tokens of text; 402 MB of cache for the 2.2B
 CHUNK = 128  # tokens of a prefill
 NOTES = (
@@ -58,7 +59,6 @@ def export_ios(
     """
     _check_target(target)
     need_coremltools()
-    from export.coreml_ops import SPECIFICATION
     from export.coreml_packages import write_packages
 
     with stage_bundle(out) as stage:
@@ -138,7 +138,11 @@ def main() -> int:
     command = parser("python -m export.ios", __doc__.splitlines()[0])
     command.add_argument("--context", type=int, help=f"tokens of prompt and answer together (default: {CONTEXT})")
     command.add_argument("--chunk", type=int, help=f"tokens of a prefill (default: {CHUNK})")
-    command.add_argument("--target", default="iOS18", help="the oldest system (default: %(default)s)")
+    command.add_argument(
+        "--target",
+        default="iOS18",
+        help="the oldest system to run on, for a clear refusal of older ones (default: %(default)s)",
+    )
     return run(command.parse_args(), export)
 
 

@@ -140,7 +140,7 @@ def prove(
     if different := target.different():
         raise ProofError("the payload is not what the recipe makes of the checkpoint: " + "; ".join(different[:10]))
     progress("reference with dequantized weights: golden cases")
-    dequantized = Reference(checkpoint, spec, target.stored)
+    dequantized = Reference(checkpoint, spec, target.stored())
     cases = [
         reference_case(name, turns, images, checkpoint, dequantized, folder, settings, edge)
         for name, turns, images, edge in case_inputs(settings)
@@ -150,7 +150,7 @@ def prove(
     rounding = None
     if target.unrounded is not None:
         progress("reference before its constants were rounded to fp16")
-        rounding = constants_error(Reference(checkpoint, spec, target.unrounded), cases, settings)
+        rounding = constants_error(Reference(checkpoint, spec, target.unrounded()), cases, settings)
         gc.collect()
     progress("fp32-compute twin on the golden cases")
     twin = target.twin()
@@ -161,7 +161,10 @@ def prove(
     )
     progress("shipped graphs on the golden cases")
     shipped = target.shipped()
-    outputs = [out for _, out in replay(shipped, encoder, settings, cases)]
+    try:
+        outputs = [out for _, out in replay(shipped, encoder, settings, cases)]
+    except EngineError as exc:
+        raise ProofError("\n  ".join([f"the proof failed: {exc}", *target.faults()[:20]])) from exc
     activation_error = compare(
         zip((_as_case(c, t) for c, t in zip(cases, twin_outputs, strict=True)), outputs, strict=True),
         features_limit=target.features_limit,
@@ -180,7 +183,7 @@ def prove(
     faults = [f"export error: {fault}" for fault in export_error.faults]
     faults += [f"activation error: {fault}" for fault in activation_error.faults]
     faults += [f"shipped graphs against the reference: {fault}" for fault in replayed.faults]
-    faults += [f"nothing has read {name}" for name in target.unused()]
+    faults += target.faults()
     faults += loss_faults(loss, recipe.limits)
     machine = platform.machine()
     report = {
@@ -197,11 +200,13 @@ def prove(
         "seconds": round(time.monotonic() - began, 1),
         "peak_rss_bytes": peak_rss_bytes(),
     }
+    report |= target.extra()
     if rounding is not None:
         report["constants_error"] = rounding
     if faults:
         message = "\n  ".join(["the proof failed:", *faults[:20]])
-        if export_error.passed and (activation_error.passed or bundle.manifest.target == "onnx"):
+        own = bundle.manifest.target == "onnx" and not activation_error.passed
+        if export_error.passed and (own or loss_faults(loss, recipe.limits)):
             message += (
                 f"\nThese limits are recipe {recipe.name}'s; in a copy of its file (RECIPE=mine.toml) they are yours."
             )
@@ -473,6 +478,11 @@ def report_text(report: dict[str, Any]) -> str:
         f"{loss['top1_agreement']:.2%}."
     )
     lines += ["", sentence, ""]
+    if span := report.get("fp16_range"):
+        lines.append(
+            f"The largest value was {span['largest']:.4g}, in {span['operation']}; fp16 ends at {span['limit']}."
+        )
+        lines.append("")
     if "exact" in loss:
         lines += [
             "| task | documents | reference exact | bundle exact | lost / gained | loss, 95 % interval |",

@@ -13,6 +13,7 @@ from export.weights import Weights
 from quantize.int4 import F32
 from quantize.recipe import Recipe
 from runtimes.bundle import Bundle
+from runtimes.coreml import Executed
 from runtimes.manifest import BundleError
 from runtimes.runner import Runner
 
@@ -24,21 +25,23 @@ class Target:
     """A written bundle as the proof sees it.
 
     different: makes the payload again; names what is not the same, byte for byte.
-    stored: the weights that the payload's bytes stand for, for the reference.
+    stored: makes the weights that the payload's bytes stand for, for the reference; they hold the integers.
     unrounded: the same before constants were rounded for this target; None if none is.
     twin: the payload with fp32 compute.
     shipped: the payload as a device computes it.
-    unused: after both have run, names constants of the payload that neither has read.
+    faults: after both have run, what else speaks against the payload.
+    extra: after both have run, entries for the report.
     features_limit, logits_limit: of the difference between the two, relative L2.
     elsewhere: how many times the error of this machine another one may show; None: only the limits hold.
     """
 
     different: Callable[[], list[str]]
-    stored: Tensors
-    unrounded: Tensors | None
+    stored: Callable[[], Tensors]
+    unrounded: Callable[[], Tensors] | None
     twin: Callable[[], Runner]
     shipped: Callable[[], Runner]
-    unused: Callable[[], list[str]]
+    faults: Callable[[], list[str]]
+    extra: Callable[[], dict[str, Any]]
     features_limit: float
     logits_limit: float
     elsewhere: float | None
@@ -77,11 +80,12 @@ def _onnx(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> 
 
     return Target(
         different=lambda: check_graphs(folder, spec, weights, recipe),
-        stored=Dequantized(spec, weights, recipe, keep=True),
+        stored=lambda: Dequantized(spec, weights, recipe, keep=True),
         unrounded=None,
         twin=twin,
         shipped=lambda: OrtRunner(bundle),
-        unused=list,
+        faults=list,
+        extra=dict,
         features_limit=recipe.limits.activation_features,
         logits_limit=recipe.limits.activation_logits,
         elsewhere=2,  # ARM and x86 agreed to a tenth of it; kernels that ignore zero points double it, and are caught
@@ -91,29 +95,53 @@ def _onnx(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> 
 def _coreml(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
     need_coremltools()
     from export.coreml_packages import check_packages
-    from runtimes.coreml import FOLDER, CoreMLRunner, Executed
+    from runtimes.coreml import FOLDER, CoreMLRunner, prefill_chunk
 
     folder = bundle.folder / FOLDER
     context = bundle.manifest.text.context
-    dequantized = Dequantized(spec, weights, recipe, keep=True)
-    ideal, half = Executed(half=False), Executed(half=True)
-    chunk = CoreMLRunner(bundle, load=ideal).chunk
+    ideal, half = Executed(half=False), Executed(half=True, watch=True)
+    chunk = prefill_chunk(bundle)
+    if not chunk <= context <= spec.text.max_positions:
+        most = spec.text.max_positions
+        raise BundleError(
+            f"{bundle.folder / 'manifest.json'}: text.context is {context}, the model has {most} positions"
+        )
 
     def shipped() -> Runner:
         ideal.forget()  # its weights are gigabytes
         return CoreMLRunner(bundle, load=half)
 
+    def faults() -> list[str]:
+        unread = sorted(set(ideal.unread()) | set(half.unread()))
+        infinite = [where for where, seen in half.magnitudes.items() if not seen.finite]
+        return [f"{where} is not finite" for where in infinite] + [f"nothing has read {name}" for name in unread]
+
     return Target(
         different=lambda: check_packages(folder, spec, weights, recipe, context, chunk),
-        stored=HalfConstants(dequantized),
-        unrounded=dequantized,
+        stored=lambda: HalfConstants(Dequantized(spec, weights, recipe, keep=True)),
+        unrounded=lambda: Dequantized(spec, weights, recipe, keep=True),
         twin=lambda: CoreMLRunner(bundle, load=ideal),
         shipped=shipped,
-        unused=lambda: sorted(set(ideal.unread()) & set(half.unread())),
+        faults=faults,
+        extra=lambda: {"fp16_range": fp16_range(half)},
         features_limit=HALF_LIMIT,
         logits_limit=HALF_LIMIT,
         elsewhere=None,  # no device has shown yet how far its kernels are from these
     )
+
+
+def fp16_range(executed: Executed) -> dict[str, Any]:
+    """The largest magnitude of each kind of operation, and the operation that came closest to fp16's end."""
+    largest: dict[str, float] = {}
+    for seen in executed.magnitudes.values():
+        largest[seen.kind] = max(largest.get(seen.kind, 0.0), seen.largest)
+    where, most = max(executed.magnitudes.items(), key=lambda item: item[1].largest)
+    return {
+        "limit": int(np.finfo(np.float16).max),
+        "largest": most.largest,
+        "operation": where,
+        "largest_by_kind": largest,
+    }
 
 
 class HalfConstants:

@@ -6,6 +6,7 @@ Names and shapes are checked against the spec before any data is read; values wh
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -129,25 +130,36 @@ def open_weights(folder: Path, spec: ModelSpec) -> Weights:
 
 
 def block_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -> list[QTensor]:
-    """Matrices quantized by a scheme of format "block"."""
-    return [
-        quantize_blocks(
-            partial(weights.rows, name),
-            matrix_shape(weights, name),
-            bits=scheme.bits,
-            block=scheme.block,
-            symmetric=scheme.symmetric,
-        )
-        for name in names
-    ]
+    """Matrices quantized by a scheme of format "block". Raises CheckpointError, naming one that has no fp16 scale."""
+    tensors = []
+    for name in names:
+        rows, shape = partial(weights.rows, name), matrix_shape(weights, name)
+        with _naming(name):
+            tensors.append(
+                quantize_blocks(rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric)
+            )
+    return tensors
 
 
 def column_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -> list[ColumnTensor]:
-    """Matrices quantized by a scheme of format "column"."""
-    return [
-        quantize_columns(partial(weights.rows, name), matrix_shape(weights, name), reduced_range=scheme.reduced_range)
-        for name in names
-    ]
+    """Matrices quantized by a scheme of format "column". Raises CheckpointError as `block_tensors`."""
+    tensors = []
+    for name in names:
+        rows, shape = partial(weights.rows, name), matrix_shape(weights, name)
+        with _naming(name):
+            tensors.append(quantize_columns(rows, shape, reduced_range=scheme.reduced_range))
+    return tensors
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Turns a ValueError of the quantizer into a CheckpointError that names the tensor."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as exc:
+        raise CheckpointError(f"{name}: {exc}") from exc
 
 
 def matrix_shape(weights: WeightSource, name: str) -> tuple[int, int]:

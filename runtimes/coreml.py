@@ -22,7 +22,8 @@ import numpy.typing as npt
 from runtimes.blobfile import BlobError
 from runtimes.bundle import Bundle
 from runtimes.manifest import BundleError
-from runtimes.mil import MilFunction, Package, load_package
+from runtimes.mil import Magnitude, MilFunction, Package, load_package
+from runtimes.mil_package import MODEL, WEIGHTS
 from runtimes.milproto import Described, ProgramError, TensorType, read_model
 from runtimes.runner import (
     BundleSettings,
@@ -39,8 +40,8 @@ from runtimes.tensorfile import TensorFileError, read_header, read_tensor
 FOLDER = "coreml"
 VISION, DECODER, EMBEDDING = "VisionEncoder.mlpackage", "Decoder.mlpackage", "embed_tokens.safetensors"
 EMBED = "model.text_model.embed_tokens.weight"
-MODEL = "Data/com.apple.CoreML/model.mlmodel"
-WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+LEAST_MACOS = 15
+BLOCKS = (16, 32, 64, 128, 256)  # that a recipe may have
 MASKED = -30000.0  # added to a score that must not count; finite, so that a row of nothing else is no NaN
 Array = npt.NDArray[Any]
 
@@ -62,16 +63,21 @@ class Executed:
     Args:
         half: round to fp16 after each operation, as a device does; False: f32 throughout.
         resident_bytes: of each package, as in `load_package`.
+        watch: collect the magnitudes of every operation's results.
     """
 
-    def __init__(self, *, half: bool = True, resident_bytes: int | None = None) -> None:
-        self._half, self._resident_bytes = half, resident_bytes
+    def __init__(self, *, half: bool = True, resident_bytes: int | None = None, watch: bool = False) -> None:
+        self._half, self._resident_bytes, self._watch = half, resident_bytes, watch
         self.packages: dict[Path, Package] = {}
+        self.magnitudes: dict[str, Magnitude] = {}  # "package, function: operation" -> what was seen of it
 
     def __call__(self, folder: Path, function: str | None) -> MilFunction:
         if folder not in self.packages:
             self.packages[folder] = load_package(folder, resident_bytes=self._resident_bytes)
-        return self.packages[folder].function(function, half=self._half)
+        model = self.packages[folder].function(function, half=self._half)
+        if self._watch:
+            model.watch = self.magnitudes
+        return model
 
     def forget(self) -> None:
         """Frees what the packages keep in memory."""
@@ -91,6 +97,9 @@ def native() -> Loader:
     """
     if platform.system() != "Darwin":
         raise BundleError("Core ML runs on macOS only; elsewhere the saved programs are executed (runtimes/mil.py)")
+    version = platform.mac_ver()[0]
+    if int(version.partition(".")[0] or 0) < LEAST_MACOS:
+        raise BundleError(f"this is macOS {version}; states and 4-bit blocks need macOS {LEAST_MACOS} or later")
     try:
         import coremltools
     except ImportError as exc:
@@ -98,10 +107,35 @@ def native() -> Loader:
 
     def load(folder: Path, function: str | None) -> Model:
         units = coremltools.ComputeUnit.CPU_AND_GPU
-        model: Model = coremltools.models.MLModel(str(folder), compute_units=units, function_name=function)
-        return model
+        try:
+            model = coremltools.models.MLModel(str(folder), compute_units=units, function_name=function)
+        except Exception as exc:  # coremltools raises plain Exceptions
+            raise BundleError(f"{folder}: Core ML refuses it: {exc}") from exc
+        if model.__proxy__ is None:  # it keeps the reason to itself until the model is used
+            raise BundleError(f"{folder}: Core ML refuses it: {getattr(model, '_framework_error', 'no reason given')}")
+        return _Native(model)
 
     return load
+
+
+class _Native:
+    """A coremltools MLModel whose errors, plain Exceptions, are EngineErrors."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def predict(self, data: Mapping[str, Array], state: Any = None) -> Mapping[str, Array]:
+        try:
+            found: Mapping[str, Array] = self._model.predict(dict(data), *([] if state is None else [state]))
+        except Exception as exc:
+            raise EngineError(f"Core ML failed: {exc}") from exc
+        return found
+
+    def make_state(self) -> Any:
+        try:
+            return self._model.make_state()
+        except Exception as exc:
+            raise EngineError(f"Core ML made no state: {exc}") from exc
 
 
 def engine_name() -> str:
@@ -113,7 +147,7 @@ def default_loader() -> Loader:
     """Core ML on macOS where coremltools is installed; otherwise `Executed`, rounding as a device does."""
     try:
         return native()
-    except BundleError:
+    except BundleError:  # it is for those that ask for Core ML
         return Executed()
 
 
@@ -130,11 +164,14 @@ class EmbeddingTable:
     """
 
     def __init__(self, path: Path, vocab: int, hidden: int, used: Mapping[str, Any]) -> None:
-        self._hidden, self._bits, self._block = hidden, int(used.get("bits", 0)), int(used.get("block", 1))
-        blocks = -(-hidden // self._block)
+        self._hidden: int = hidden
+        self._bits, self._block = (used.get(key, 0) for key in ("bits", "block"))
         if used.get("scheme") == "float":
             wanted = {"weight": ("F16", (vocab, hidden))}
+        elif used.get("scheme") != "block" or self._bits not in (4, 8) or self._block not in BLOCKS:
+            raise BundleError(f"{path}: manifest.json gives {EMBED} the format {used}, want float or block")
         else:
+            blocks = -(-hidden // self._block)
             integers = ("U8", (vocab, hidden * self._bits // 8))
             wanted = {"q": integers, "scales": ("F16", (vocab, blocks)), "zeros": ("U8", (vocab, blocks))}
         try:
@@ -161,10 +198,18 @@ class EmbeddingTable:
 
 
 class CoreMLCache:
-    """The states of one conversation; `length` rows of them are in use."""
+    """The states of one conversation; `length` rows of them are in use.
+
+    `spoiled` after a call that computed infinity or NaN: rows that are masked hold some of it, and nothing times
+    infinity is NaN.
+    """
 
     def __init__(self, state: Any) -> None:
-        self.length, self.state = 0, state
+        self.length, self.state, self.spoiled = 0, state, False
+
+
+class NotFiniteError(EngineError):
+    """A model gave infinity or NaN."""
 
 
 class CoreMLRunner:
@@ -186,8 +231,8 @@ class CoreMLRunner:
             raise BundleError(f"{where}, want coreml on coreml")
         self._settings = read_bundle_settings(bundle)
         self._load = load or default_loader()
-        self._packages = {name: package_path(bundle, name) for name in (VISION, DECODER)}
-        self.chunk = _check_packages(self._packages, self._settings)
+        self._packages = _package_paths(bundle)
+        self.chunk = prefill_chunk(bundle)
         used = manifest.recipe.tensors.get(EMBED, {})
         table = bundle.path(f"{FOLDER}/{EMBEDDING}")
         self._table = EmbeddingTable(table, self._settings.vocab, self._settings.hidden, used)
@@ -220,6 +265,8 @@ class CoreMLRunner:
         if not isinstance(cache, CoreMLCache):
             raise TypeError(f"cache is {type(cache).__name__}, want one from new_cache()")
         check_tokens(ids, features, cache.length, keep, self.settings)
+        if cache.spoiled:
+            raise EngineError("an earlier call left infinity or NaN in this cache: begin a new one")
         embeds = self._table.rows(ids)  # [T, hidden]
         if features is not None:
             embeds[np.asarray(ids) == self.settings.image_id] = features
@@ -230,7 +277,11 @@ class CoreMLRunner:
             take = min(self.chunk, first + 1 - at) if at <= first else 1
             if position + self.chunk > self.settings.context:
                 take = 1  # a chunk writes all of its rows, and the cache has no room for them
-            logits = self._step(embeds[at : at + take], position, cache.state)
+            try:
+                logits = self._step(embeds[at : at + take], position, cache.state)
+            except NotFiniteError:
+                cache.spoiled = True
+                raise
             at += take
             if at > first:
                 rows.append(logits)
@@ -275,8 +326,10 @@ class CoreMLRunner:
             result = np.asarray(found[output], dtype=np.float32)
         except (ProgramError, BlobError, RuntimeError, ValueError, KeyError) as exc:
             raise EngineError(f"{output}: the engine failed: {exc}") from exc
-        if result.shape != shape or not np.isfinite(result).all():
-            raise EngineError(f"{output} is {list(result.shape)}, want finite {list(shape)}")
+        if result.shape != shape:
+            raise EngineError(f"{output}: the engine gives {list(result.shape)}, want {list(shape)}")
+        if not np.isfinite(result).all():
+            raise NotFiniteError(f"{output}: the engine gives infinity or NaN: a value beyond fp16's range on the way")
         return result
 
     def _model(self, package: str, function: str | None) -> Model:
@@ -286,15 +339,22 @@ class CoreMLRunner:
             raise BundleError(f"{self._packages[package]}: cannot be loaded: {exc}") from exc
 
 
-def package_path(bundle: Bundle, name: str) -> Path:
-    """The folder of a package, whose three files the manifest must list. Raises BundleError."""
-    for file in ("Manifest.json", MODEL, WEIGHTS):
-        bundle.path(f"{FOLDER}/{name}/{file}")
-    return bundle.folder / FOLDER / name
+def _package_paths(bundle: Bundle) -> dict[str, Path]:
+    """The folders of the packages, whose three files each the manifest must list. Raises BundleError."""
+    paths = {name: bundle.folder / FOLDER / name for name in (VISION, DECODER)}
+    for name in paths:
+        for file in ("Manifest.json", MODEL, WEIGHTS):
+            bundle.path(f"{FOLDER}/{name}/{file}")
+    return paths
 
 
-def _check_packages(packages: Mapping[str, Path], sizes: BundleSettings) -> int:
-    """Compares what the packages say they take with the manifest's sizes; returns the tokens of a prefill."""
+def prefill_chunk(bundle: Bundle) -> int:
+    """The tokens that a prefill takes, after comparing what the packages say they take with the manifest's sizes.
+
+    Raises:
+        BundleError: naming the package and what it takes.
+    """
+    packages, sizes = _package_paths(bundle), read_bundle_settings(bundle)
     described = {}
     for name, folder in packages.items():
         try:

@@ -12,11 +12,10 @@ and shape is compared with what the program declares, each constant with its blo
 Not covered: what Apple's compiler makes of the program, where it runs it, how its kernels round inside an operation.
 """
 
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.blobfile import Blob, read_blob, read_blobs
-from runtimes.mil_ops import MOVES, OPERATIONS, OperationError, update_region
-from runtimes.milproto import MilModel, Operation, ProgramError, ProgramFunction, TensorType, Value, read_model
+from runtimes.blobfile import BlobError, read_blob
+from runtimes.mil_ops import MOVES, OPERATIONS, OperationError, result_shape, update_region
+from runtimes.mil_package import DEQUANTIZE, PackageFiles, input_name, input_value, read_package
+from runtimes.milproto import Operation, ProgramError, ProgramFunction, TensorType, Value
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -35,7 +35,6 @@ State = dict[str, Floats]
 LEAST_RESIDENT_BYTES = 2 << 30
 CHUNK = 1 << 20  # weights that a thread dequantizes at a time
 DTYPES = {"fp16": np.float32, "fp32": np.float32, "int32": np.int32, "bool": np.bool_}
-DEQUANTIZE = "constexpr_blockwise_shift_scale"
 
 
 @dataclass
@@ -48,16 +47,18 @@ class Magnitude:
 
 
 def default_resident_bytes() -> int:
-    """Dequantized weights that a package keeps between uses: a quarter of the machine's memory, at least 2 GiB."""
+    """Dequantized weights that a package keeps between uses: a sixth of the machine's memory, at least 2 GiB."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not POSIX
         return LEAST_RESIDENT_BYTES
-    return max(LEAST_RESIDENT_BYTES, memory // 4)
+    with suppress(OSError, ValueError):  # a container may have less; "max" is no number
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return max(LEAST_RESIDENT_BYTES, memory // 6)
 
 
 def load_package(folder: Path, *, resident_bytes: int | None = None) -> "Package":
-    """Reads a package and checks that program, description and weight.bin fit together.
+    """Reads and checks a package (see `read_package`) so that its functions can be called.
 
     Args:
         folder: an .mlpackage.
@@ -67,23 +68,7 @@ def load_package(folder: Path, *, resident_bytes: int | None = None) -> "Package
     Raises:
         ProgramError, BlobError: naming the file, the function and the operation.
     """
-    model_path, weights = _locate(folder)
-    model = read_model(model_path)
-    blobs = read_blobs(weights) if weights.exists() else {}  # a program without weights has no file
-    wanted: dict[int, tuple[str, TensorType]] = {}
-    for function in model.functions.values():
-        for where, value in _constants(function):
-            if value.blob is not None:
-                _check_blob(weights, blobs, value, f"{model_path}: {where}")
-                wanted[value.blob] = (where, value.type)
-    if unused := sorted(blobs.keys() - wanted.keys()):
-        raise ProgramError(f"{weights}: no operation uses the blobs at bytes {unused[:5]} ({len(unused)} in all)")
-    for name, function in model.functions.items():
-        _check_description(model, name, str(model_path))
-        _check_flow(function, f"{model_path}: function {name}")
-    return Package(
-        folder, model, weights, blobs, default_resident_bytes() if resident_bytes is None else resident_bytes
-    )
+    return Package(read_package(folder), default_resident_bytes() if resident_bytes is None else resident_bytes)
 
 
 class Package:
@@ -92,13 +77,11 @@ class Package:
     `unread` holds the offsets of the blobs that no call has used yet.
     """
 
-    def __init__(
-        self, folder: Path, model: MilModel, weights: Path, blobs: Mapping[int, Blob], resident_bytes: int
-    ) -> None:
-        self.folder, self.model = folder, model
-        self._weights, self._blobs, self._room = weights, blobs, resident_bytes
-        self._kept: dict[tuple[int, ...], Array] = {}
-        self.unread = set(blobs)
+    def __init__(self, files: PackageFiles, resident_bytes: int) -> None:
+        self.folder, self.model = files.folder, files.model
+        self._weights, self._blobs, self._room = files.weights, files.blobs, resident_bytes
+        self._kept: dict[tuple[Any, ...], Array] = {}
+        self.unread = set(files.blobs)
 
     def function(self, name: str | None = None, *, half: bool = True) -> "MilFunction":
         """A function to be called; None is the default one.
@@ -124,8 +107,8 @@ class Package:
         if value.blob is None:
             array = value.array
             return array.astype(np.float32) if value.type.dtype == "fp16" else array  # type: ignore[union-attr]
-        if (value.blob,) in self._kept:
-            return self._kept[(value.blob,)]
+        if (value.blob, value.type) in self._kept:
+            return self._kept[value.blob, value.type]
         self.unread.discard(value.blob)
         stored = read_blob(self._weights, self._blobs[value.blob], value.type.shape)
         return stored.astype(np.float32) if value.type.dtype == "fp16" else stored
@@ -134,23 +117,23 @@ class Package:
         """The constant of an operation `const`; a blob is kept while there is room."""
         array = self.constant(value)
         if value.blob is not None:
-            self._keep((value.blob,), array)
+            self._keep((value.blob, value.type), array)
         return array
 
     def matrix(self, op: Operation, half: bool) -> Floats:
         """scale * (data - offset), block by block; kept while there is room."""
-        data, scale = (_value(op, key) for key in ("data", "scale"))
-        offset = _value(op, "offset") if "offset" in op.inputs else None
-        key = (int(half), data.blob or -1, scale.blob or -1, -1 if offset is None else offset.blob or -1)
-        if -1 not in key[1:3] and key in self._kept:
+        parts = [input_value(op, key) for key in ("data", "scale", "offset") if key in op.inputs]
+        blobs = [part.blob for part in parts]
+        key = (half, *blobs, parts[0].type)
+        if key in self._kept:
             return self._kept[key]
-        zeros = None if offset is None else self.constant(offset)
-        out = _dequantize(self.constant(data), self.constant(scale), zeros, half)
-        if -1 not in key[1:3]:
+        data, scale, offset = [*(self.constant(part) for part in parts), None][:3]
+        out = _dequantize(data, scale, offset, half)
+        if None not in blobs:
             self._keep(key, out)
         return out
 
-    def _keep(self, key: tuple[int, ...], array: Array) -> None:
+    def _keep(self, key: tuple[Any, ...], array: Array) -> None:
         if key not in self._kept and self._room >= array.nbytes:
             self._room -= array.nbytes
             self._kept[key] = array
@@ -159,7 +142,7 @@ class Package:
 class MilFunction:
     """One function of a package, called like coremltools' MLModel.
 
-    `watch`, if it is set to a dictionary, collects the magnitudes of every operation by its name.
+    `watch`, if it is set to a dictionary, collects the magnitudes of every operation, by where it is.
     """
 
     def __init__(self, package: Package, function: ProgramFunction, half: bool) -> None:
@@ -212,53 +195,55 @@ class MilFunction:
         return values
 
     def _run(self, op: Operation, index: int, values: dict[str, Any], state: State) -> None:
-        if op.kind == "const":
-            assert op.value is not None
-            results: Sequence[Any] = [self.package.vector(op.value)]
-        elif op.kind == DEQUANTIZE:
-            results = [self.package.matrix(op, self.half)]
-        elif op.kind == "read_state":
-            results = [state[_name(op, "input")]]
-        else:
-            inputs = {key: self._argument(key, bound, values) for key, bound in op.inputs.items()}
-            try:
-                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # reported through `watch`
-                    if index in self._in_place:
-                        inputs["x"][update_region(inputs)] = inputs["update"]
-                        results = [inputs["x"]]
-                    else:
-                        found = OPERATIONS[op.kind](inputs)
-                        results = found if isinstance(found, tuple) else [found]
-            except (OperationError, ValueError, KeyError, IndexError) as exc:
-                raise ProgramError(f"{self._where(op)}: {exc}") from exc
-        self._keep(op, results, values)
-
-    def _keep(self, op: Operation, results: Sequence[Any], values: dict[str, Any]) -> None:
+        try:
+            results = self._results(op, index, values, state)
+        except (OperationError, BlobError, ValueError, LookupError, TypeError, ArithmeticError, MemoryError) as exc:
+            raise ProgramError(f"{self._where(op)}: {exc}") from exc
         if len(results) != len(op.outputs):
             raise ProgramError(f"{self._where(op)}: gives {len(results)} values, declares {len(op.outputs)}")
         for (name, kind), result in zip(op.outputs, results, strict=True):
             values[name] = result if isinstance(result, str) else self._checked(op, kind, result)
 
+    def _results(self, op: Operation, index: int, values: Mapping[str, Any], state: State) -> Sequence[Any]:
+        if op.kind == "const":
+            assert op.value is not None
+            return [self.package.vector(op.value)]
+        if op.kind == DEQUANTIZE:
+            return [self.package.matrix(op, self.half)]
+        if op.kind == "read_state":
+            return [state[input_name(op, "input")]]
+        inputs = {key: self._argument(key, bound, values) for key, bound in op.inputs.items()}
+        shape = result_shape(op.kind, inputs)
+        if shape is not None and shape != op.outputs[0][1].shape:  # seen before memory is taken for it
+            raise OperationError(f"gives {list(shape)}, declares {op.outputs[0][1]}")
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # reported through `watch`
+            if index in self._in_place:
+                inputs["x"][update_region(inputs)] = inputs["update"]
+                return [inputs["x"]]
+            found = OPERATIONS[op.kind](inputs)
+        return found if isinstance(found, tuple) else [found]
+
     def _checked(self, op: Operation, kind: TensorType, result: Any) -> Any:
         """A result, rounded where the mode asks for it. Raises ProgramError if the program declares another type."""
         found = np.asarray(result).dtype
-        if np.shape(result) != kind.shape or found != DTYPES.get(kind.dtype, found):
+        wanted = found if op.kind == "const" else DTYPES.get(kind.dtype)
+        if np.shape(result) != kind.shape or found != wanted:
             raise ProgramError(f"{self._where(op)}: gives {found} {list(np.shape(result))}, declares {kind}")
         if op.kind in MOVES:
             return result
         if op.kind not in ("const", DEQUANTIZE):  # which are in fp16 already
             result = self._rounded(result, kind)
         if self.watch is not None and kind.dtype.startswith("fp"):
-            seen = self.watch.setdefault(op.name, Magnitude(op.kind))
+            if op.kind in ("const", DEQUANTIZE) and self._where(op) in self.watch:
+                return result  # always the same
+            seen = self.watch.setdefault(self._where(op), Magnitude(op.kind))
             peak = float(np.abs(result).max(initial=0))
             seen.finite = seen.finite and bool(np.isfinite(peak))
             seen.largest = max(seen.largest, peak)
         return result
 
     def _write_state(self, op: Operation, values: dict[str, Any], state: State) -> None:
-        name, data = _name(op, "input"), values[_name(op, "data")]
-        if data.shape != state[name].shape:
-            raise ProgramError(f"{self._where(op)}: writes {list(data.shape)} to a state of {list(state[name].shape)}")
+        name, data = input_name(op, "input"), values[input_name(op, "data")]
         if data is not state[name]:
             state[name] = np.array(data)
 
@@ -276,149 +261,50 @@ class MilFunction:
         return f"{self.package.folder.name}: function {self.function.name}: {op.kind} {op.name}"
 
 
-def _locate(folder: Path) -> tuple[Path, Path]:
-    """(model.mlmodel, weight.bin) by Manifest.json."""
-    path = folder / "Manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        items, root = manifest["itemInfoEntries"], manifest["rootModelIdentifier"]
-        places = {key: item["path"] for key, item in items.items()}
-        model = places[root]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise ProgramError(f"{path}: cannot be read as a package's manifest: {exc!r}") from exc
-    for place in places.values():
-        parts = place.split("/") if isinstance(place, str) else [".."]
-        if any(part in ("", ".", "..") for part in parts):
-            raise ProgramError(f"{path}: names {place!r}, want a path in the package")
-    weights = next((p for p in places.values() if p.endswith("/weights")), "com.apple.CoreML/weights")
-    return folder / "Data" / model, folder / "Data" / weights / "weight.bin"
-
-
-def _constants(function: ProgramFunction) -> Iterator[tuple[str, Value]]:
-    """Every constant of a function, with the operation that holds it."""
-    for op in function.operations:
-        where = f"function {function.name}: {op.kind} {op.name}"
-        if op.value is not None:
-            yield where, op.value
-        for bound in op.inputs.values():
-            yield from ((where, b) for b in bound if isinstance(b, Value))
-
-
-def _check_blob(weights: Path, blobs: Mapping[int, Blob], value: Value, where: str) -> None:
-    assert value.blob is not None
-    if value.blob not in blobs:
-        raise ProgramError(f"{where}: its value is at byte {value.blob} of {weights}, where no blob is")
-    blob = blobs[value.blob]
-    if blob.type != value.type.dtype or blob.values != math.prod(value.type.shape):
-        raise ProgramError(f"{where}: wants {value.type}, its blob holds {blob.values} values of {blob.type}")
-
-
-def _check_description(model: MilModel, name: str, where: str) -> None:
-    """What the package tells applications must be what the program takes and gives."""
-    function, described = model.functions[name], model.described[name]
-    types = {out: kind for op in function.operations for out, kind in op.outputs}
-    outputs = {out: types.get(out) for out in function.outputs}
-    for what, found, wanted in (
-        ("inputs", described.inputs, function.inputs),
-        ("states", described.states, function.states),
-        ("outputs", described.outputs, outputs),
-    ):
-        if dict(found) != dict(wanted):
-            listed = [{k: str(v) for k, v in part.items()} for part in (found, wanted)]
-            raise ProgramError(f"{where}: function {name}: describes {what} {listed[0]}, its program has {listed[1]}")
-
-
-def _check_flow(function: ProgramFunction, where: str) -> None:
-    """Every operation is known, and takes what an earlier one gave."""
-    known = {*function.inputs, *function.states}
-    for op in function.operations:
-        here = f"{where}: {op.kind} {op.name}"
-        if op.kind not in OPERATIONS and op.kind not in ("const", "read_state", "write_state", DEQUANTIZE):
-            raise ProgramError(f"{here}: an operation that is not supported")
-        if (op.kind == "const") != (op.value is not None):
-            raise ProgramError(f"{here}: a constant without a value, or a value that is no constant")
-        for key, bound in op.inputs.items():
-            for name in (b for b in bound if isinstance(b, str)):
-                if name not in known:
-                    raise ProgramError(f"{here}: its input {key} is {name}, which nothing before it gives")
-            if not bound or (len(bound) > 1 and key != "values"):
-                raise ProgramError(f"{here}: {len(bound)} values for input {key}")
-        if op.kind in ("read_state", "write_state") and _name(op, "input") not in function.states:
-            raise ProgramError(f"{here}: its input is no state")
-        if op.kind == DEQUANTIZE:
-            _check_blocks(op, here)
-        for name, _ in op.outputs:
-            if name in known:
-                raise ProgramError(f"{here}: gives {name}, which exists already")
-            known.add(name)
-    if missing := [name for name in function.outputs if name not in known]:
-        raise ProgramError(f"{where}: its outputs {missing} are given by no operation")
-
-
-def _check_blocks(op: Operation, where: str) -> None:
-    """Scales that divide the data, offsets like scales, a result like the data."""
-    data, scale = _value(op, "data").type, _value(op, "scale").type
-    offset = _value(op, "offset").type if "offset" in op.inputs else TensorType(data.dtype, scale.shape)
-    fits = len(data.shape) == len(scale.shape) == 2 and all(
-        s and not d % s for d, s in zip(data.shape, scale.shape, strict=True)
-    )
-    if not fits or offset != TensorType(data.dtype, scale.shape) or scale.dtype != "fp16":
-        raise ProgramError(f"{where}: data {data} with scale {scale} and offset {offset}")
-    if [kind for _, kind in op.outputs] != [TensorType("fp16", data.shape)]:
-        raise ProgramError(f"{where}: declares another result than fp16 {list(data.shape)}")
-
-
-def _name(op: Operation, key: str) -> str:
-    (bound,) = op.inputs[key]
-    if not isinstance(bound, str):
-        raise ProgramError(f"{op.kind} {op.name}: its input {key} is a constant")
-    return bound
-
-
-def _value(op: Operation, key: str) -> Value:
-    (bound,) = op.inputs[key]
-    if not isinstance(bound, Value):
-        raise ProgramError(f"{op.kind} {op.name}: its input {key} is no constant")
-    return bound
-
-
 def _in_place_updates(function: ProgramFunction) -> frozenset[int]:
     """The slice_updates that may change a state where it lies, because nobody can tell.
 
-    That is so if x was read from the state after its last write, the very next operation writes the result to
-    that state, x is used by nothing later, and whatever else was read from the state is only cut into copies.
+    That is so if x was read from the state after its last write, the very next operation writes the result to that
+    state, and nothing later uses x or whatever else was read from the state before: such values lie in the same
+    memory. What is read only becomes slice_updates and copies (slice_by_size), never a view.
     """
-    source: dict[str, str] = {}  # value -> the state that it was read from, while that is still its content
     uses: dict[str, list[tuple[int, str]]] = {}
+    reads: dict[str, tuple[int, str]] = {}  # value -> where it was read, and the state
+    writes: list[tuple[int, str]] = []
     for index, op in enumerate(function.operations):
+        if op.kind == "read_state":
+            reads[op.outputs[0][0]] = (index, input_name(op, "input"))
+        elif op.kind == "write_state":
+            writes.append((index, input_name(op, "input")))
         for bound in op.inputs.values():
             for name in (b for b in bound if isinstance(b, str)):
                 uses.setdefault(name, []).append((index, op.kind))
-    reads = {op.outputs[0][0]: _name(op, "input") for op in function.operations if op.kind == "read_state"}
+
+    def last_use(name: str) -> int:
+        end = len(function.operations)
+        return end if name in function.outputs else max((i for i, _ in uses.get(name, [])), default=-1)
+
     exposed = {
         state
-        for value, state in reads.items()
+        for value, (_, state) in reads.items()
         if value in function.outputs or {kind for _, kind in uses.get(value, [])} - {"slice_update", "slice_by_size"}
     }
     found = set()
-    for index, op in enumerate(function.operations):
-        if op.kind == "read_state":
-            source[op.outputs[0][0]] = _name(op, "input")
-        elif op.kind == "write_state":
-            written = _name(op, "input")
-            source = {value: state for value, state in source.items() if state != written}
-        elif op.kind == "slice_update" and isinstance(op.inputs["x"][0], str):
-            x = op.inputs["x"][0]
-            state = source.get(x)
-            following = function.operations[index + 1 : index + 2]
-            written_back = any(
-                f.kind == "write_state" and _name(f, "input") == state and _name(f, "data") == op.outputs[0][0]
-                for f in following
-            )
-            alone = max(i for i, _ in uses[x]) == index and op.outputs[0][0] not in function.outputs
-            later = [i for i, _ in uses.get(op.outputs[0][0], []) if i != index + 1]
-            if state is not None and state not in exposed and written_back and alone and not later:
-                found.add(index)
+    for index, op in enumerate(function.operations[:-1]):
+        x = op.inputs.get("x", ("",))[0]
+        if op.kind != "slice_update" or not isinstance(x, str) or x not in reads:
+            continue
+        at, state = reads[x]
+        result, following = op.outputs[0][0], function.operations[index + 1]
+        current = not any(at < i < index for i, written in writes if written == state)
+        kept = (
+            following.kind == "write_state"
+            and (input_name(following, "input"), input_name(following, "data")) == (state, result)
+            and last_use(result) == index + 1
+        )
+        unseen = all(last_use(v) <= index for v, (i, s) in reads.items() if s == state and i < index)
+        if current and kept and unseen and state not in exposed:
+            found.add(index)
     return frozenset(found)
 
 

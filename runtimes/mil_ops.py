@@ -63,7 +63,7 @@ def _split(i: Inputs) -> tuple[Array, ...]:
     if "split_sizes" in i:
         sizes = _integers(i["split_sizes"])
     else:
-        count = int(i["num_splits"])
+        count = max(1, int(i["num_splits"]))
         sizes = [x.shape[axis] // count] * count
     if sum(sizes) != x.shape[axis]:
         raise OperationError(f"parts of {sizes} of axis {axis} of a tensor of {list(x.shape)}")
@@ -110,8 +110,8 @@ def _conv(i: Inputs) -> Floats:
     """A convolution whose kernels do not overlap: patches times a matrix."""
     x, weight = i["x"], i["weight"]  # [B, C, H, W], [N, C, h, w]
     h, w = weight.shape[2:]
-    strides = _integers(i.get("strides", [1, 1]))
-    plain = i.get("pad_type") == "valid" and int(i.get("groups", 1)) == 1
+    strides = _integers(i["strides"])
+    plain = i["pad_type"] == "valid" and int(i.get("groups", 1)) == 1
     if not plain or strides != [h, w] or set(_integers(i.get("dilations", [1, 1]))) != {1} or len(x) != 1:
         raise OperationError("a convolution that is not one of separate patches of one picture, valid, in one group")
     rows, columns = x.shape[2] // h, x.shape[3] // w
@@ -170,6 +170,50 @@ def _attention(i: Inputs) -> Floats:
 
 def _axes(i: Inputs) -> dict[str, Any]:
     return {"axis": tuple(_integers(i["axes"])), "keepdims": bool(i["keep_dims"])}
+
+
+# kind -> (inputs that it needs, that it may have)
+SIGNATURES: Mapping[str, tuple[str, str]] = {
+    "abs": ("x", ""),
+    "add": ("x y", ""),
+    "cast": ("x dtype", ""),
+    "concat": ("values axis", "interleave"),
+    "conv": ("x weight pad_type strides", "bias dilations groups pad"),
+    "gather": ("x indices axis", "batch_dims validate_indices"),
+    "gelu": ("x mode", ""),
+    "identity": ("x", ""),
+    "layer_norm": ("x axes epsilon", "gamma beta"),
+    "linear": ("x weight", "bias"),
+    "maximum": ("x y", ""),
+    "mul": ("x y", ""),
+    "real_div": ("x y", ""),
+    "reduce_max": ("x axes keep_dims", ""),
+    "reduce_mean": ("x axes keep_dims", ""),
+    "reshape": ("x shape", ""),
+    "rsqrt": ("x epsilon", ""),
+    "scaled_dot_product_attention": ("query key value", "attn_mask"),
+    "silu": ("x", ""),
+    "slice_by_size": ("x begin size", ""),
+    "slice_update": ("x update begin end", "stride begin_mask end_mask squeeze_mask"),
+    "split": ("x axis", "split_sizes num_splits"),
+    "tile": ("x reps", ""),
+    "transpose": ("x perm", ""),
+}
+
+
+def result_shape(kind: str, i: Inputs) -> tuple[int, ...] | None:
+    """The shape of a result that may be much larger than what it is made of; None for all others."""
+    match kind:
+        case "add" | "maximum" | "mul" | "real_div":
+            return np.broadcast_shapes(np.shape(i["x"]), np.shape(i["y"]))
+        case "tile":
+            return tuple(d * r for d, r in zip(i["x"].shape, _integers(i["reps"]), strict=True))
+        case "linear":
+            return (*i["x"].shape[:-1], i["weight"].shape[0])
+        case "gather":
+            axis = int(i["axis"])
+            return (*i["x"].shape[:axis], *np.shape(i["indices"]), *i["x"].shape[axis + 1 :])
+    return None
 
 
 # Values go through these unchanged, so that they need no rounding.

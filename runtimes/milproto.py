@@ -2,11 +2,10 @@
 
 The file is one protobuf message, `Model`; field numbers below are those of Model.proto, FeatureTypes.proto and
 MIL.proto (coremltools' mlmodel/format). Read is what a program for iOS 18 needs: functions of one block, tensors of
-fixed shape, states. Anything else is refused by name, never skipped.
+fixed shape, states. Other kinds of values, shapes, blocks and attributes are refused by name.
 """
 
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MAX_BYTES = 1 << 28
+MAX_BYTES = 1 << 24  # the 2.2B has 0.8 MB; every message becomes objects of many times its size
+MAX_RANK, MAX_VALUES = 5, 1 << 31  # of a tensor
 # MIL's DataType -> name; NumPy's type of those that a program may hold as immediate values
 DATA_TYPES = {
     1: "bool",
@@ -118,7 +118,7 @@ def read_model(path: Path) -> MilModel:
         return _model(Message(content))
     except ProgramError as exc:
         raise ProgramError(f"{path}: {exc}") from exc
-    except (ValueError, KeyError, IndexError, struct.error, OverflowError) as exc:
+    except (ValueError, LookupError, ArithmeticError, RecursionError, MemoryError) as exc:
         raise ProgramError(f"{path}: is no model, or a damaged one: {exc!r}") from exc
 
 
@@ -198,7 +198,11 @@ class Message:
 
     def floats(self, number: int) -> npt.NDArray[np.float32]:
         """Repeated floats, packed or not."""
-        return np.frombuffer(b"".join(bytes(v) for v in self._fields.get(number, [])), dtype="<f4")
+        return np.frombuffer(b"".join(bytes(self._bytes(v)) for v in self._fields.get(number, [])), dtype="<f4")
+
+    def has(self, *numbers: int) -> bool:
+        """Whether any of the fields is set."""
+        return not self._fields.keys().isdisjoint(numbers)
 
     def only(self, *numbers: int) -> int:
         """The number of the one field that is set of several (a oneof)."""
@@ -256,7 +260,9 @@ def _described(message: Message, inputs: int, outputs: int, states: int) -> Desc
             dtype = array.integer(2)
             if dtype not in ARRAY_TYPES:
                 raise ProgramError(f"feature {name} has data type {dtype}, want one of {sorted(ARRAY_TYPES)}")
-            found[name] = TensorType(ARRAY_TYPES[dtype], tuple(array.integers(1)))
+            if array.has(21, 31, 41, 51, 61) or kind.has(1000):
+                raise ProgramError(f"feature {name} is optional, of flexible shape or has a default")
+            found[name] = _tensor(ARRAY_TYPES[dtype], array.integers(1), f"feature {name}")
         return found
 
     return Described(features(inputs), features(outputs), features(states))
@@ -316,7 +322,13 @@ def _type(kind: Message, where: str) -> TensorType:
         shape.append(fixed.integer(1))
     if len(shape) != tensor.integer(2):
         raise ProgramError(f"{where}: a tensor of rank {tensor.integer(2)} with dimensions {shape}")
-    return TensorType(DATA_TYPES[dtype], tuple(shape))
+    return _tensor(DATA_TYPES[dtype], shape, where)
+
+
+def _tensor(dtype: str, shape: list[int], where: str) -> TensorType:
+    if len(shape) > MAX_RANK or any(d < 1 for d in shape) or math.prod(shape) > MAX_VALUES:
+        raise ProgramError(f"{where}: a tensor of {shape!s:.80}, want at most {MAX_RANK} sizes from 1, {MAX_VALUES:,}")
+    return TensorType(dtype, tuple(shape))
 
 
 def _value(value: Message, where: str) -> Value:

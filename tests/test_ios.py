@@ -26,7 +26,8 @@ from runtimes.blobfile import read_blob, read_blobs
 from runtimes.bundle import Bundle, read_bundle, write_manifest
 from runtimes.coreml import CoreMLRunner, Executed
 from runtimes.manifest import BundleError
-from runtimes.mil import DEQUANTIZE, load_package
+from runtimes.mil import load_package
+from runtimes.mil_package import DEQUANTIZE
 from runtimes.milproto import Value
 from runtimes.ort import OrtRunner
 from runtimes.runner import InputError, Runner
@@ -241,7 +242,23 @@ def test_the_demo_bundle_is_proven_and_answers(demo_ios_bundle: Path, demo_check
     assert max(report["export_error"][part] for part in ("features_error", "logits_error")) < 1e-5
     assert max(report["activation_error"][part] for part in ("features_error", "logits_error")) < 5e-3
     assert report["quantization_loss"]["exact"]["all"]["bundle"] >= 0.9
+    span = report["fp16_range"]
+    assert 1 < span["largest"] < 1000
+    assert span["largest"] == max(span["largest_by_kind"].values())
+    assert span["operation"].startswith(("Decoder.mlpackage: function ", "VisionEncoder.mlpackage: function "))
+    assert f"The largest value was {span['largest']:.4g}" in (demo_ios_bundle / "report.md").read_text()
     assert verify(read_bundle(demo_ios_bundle)).passed
+
+
+def test_a_model_whose_activations_leave_fp16_is_no_bundle(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dtype="float32")
+    path = checkpoint / "model.safetensors"
+    tensors = {k: v.copy() for k, v in load_file(path).items()}
+    tensors["model.text_model.layers.0.mlp.down_proj.weight"] *= 1e5
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ProofError, match=r"\.mlpackage: function .* is not finite"):
+        export_ios(str(checkpoint), tmp_path / "bundle", LOOSE, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_ideal_mode_is_the_onnx_twin_to_rounding_noise(
@@ -278,7 +295,7 @@ def test_chunks_then_tokens_equal_one_long_prefill(
     assert short.chunk == 16
     for pieces in ([128], [16] * 8, [37, 1, 1, 89], [127, 1], [1] * 128):
         assert relative_error(logits_of(short, ids, pieces)[-1:], whole) < 1e-5, pieces
-    every = logits_of(ideal(long), ids, [128], keep=0)  # all rows: the first by a prefill, the others one by one
+    every = logits_of(ideal(long), ids, [128], keep=0)  # all rows, so one by one
     assert every.shape == (128, short.settings.vocab)
     assert relative_error(logits_of(short, ids, [16] * 8, keep=0), every) < 1e-5
 
@@ -342,7 +359,7 @@ def norm_package(folder: Path, weight: Any, eps: float) -> Any:
     content = save_program(build_program({"main": function}), file, {"x": "", "y": ""}, "norm")
     file.close()
     (folder / MODEL).write_bytes(content)
-    (folder / "Manifest.json").write_text(export.coreml_packages._manifest("norm"))  # noqa: SLF001
+    (folder / "Manifest.json").write_bytes(export.coreml_packages._manifest("norm"))  # noqa: SLF001
     return load_package(folder)
 
 
@@ -449,7 +466,30 @@ def truncated_weights(package: Path) -> None:
     (package / WEIGHTS).write_bytes((package / WEIGHTS).read_bytes()[:-100])
 
 
+def stale_read(package: Path) -> None:
+    """Layer 1 looks at its keys as they were before this call wrote them."""
+
+    def change(block: Any) -> None:
+        cuts = [
+            op
+            for op in block.operations
+            if op.type == "slice_by_size" and "coreml_update" in op.inputs["x"].arguments[0].name
+        ]
+        cuts[2].inputs["x"].arguments[0].name = cuts[0].inputs["x"].arguments[0].name
+
+    edit(package, change)
+
+
+NAMED: dict[Callable[[Path], None], str] = {
+    flip: r"Decoder\.mlpackage: weight\.bin: model\.text_model\.layers\.\d+\..*\.q",
+    another_layers_scale: r"Decoder\.mlpackage: the program",
+    dropped_write_state: r"Decoder\.mlpackage: the program",
+    stale_read: r"Decoder\.mlpackage: the program",
+    wrong_select_shape: r"Decoder\.mlpackage: the program",
+    truncated_weights: r"Decoder\.mlpackage: weight\.bin: \w+",
+}
 FAULTS: dict[Callable[[Path], None], str] = {
+    stale_read: "export error: case .* relative error of logits",
     flip: "export error: case .* relative error of logits",
     another_layers_scale: "export error: case .* relative error of logits",
     dropped_write_state: "export error: case .* relative error of logits",
@@ -464,7 +504,7 @@ def test_a_planted_fault_is_named_by_the_comparison_of_bytes(
 ) -> None:
     folder = shutil.copytree(pending, tmp_path / "bundle")
     fault(folder / "coreml" / "Decoder.mlpackage")
-    with pytest.raises((ProofError, BundleError), match=r"weight\.bin|the program|truncated"):
+    with pytest.raises(ProofError, match=NAMED[fault]):
         prove_copy(pending, tiny_checkpoint, folder)
 
 
@@ -561,6 +601,8 @@ def test_an_existing_folder_is_refused_and_untouched(tiny_checkpoint: Path, tmp_
         ("model.text_model.layers.1.mlp.down_proj.weight", np.nan, "want finite numbers"),
         ("model.text_model.layers.1.post_attention_layernorm.weight", 1e5, "1e+05, beyond fp16's 65504"),
         ("model.vision_model.encoder.layers.0.mlp.fc1.bias", -7e4, "7e+04, beyond fp16's 65504"),
+        ("model.text_model.layers.1.mlp.down_proj.weight", 1e8, "a block needs the scale"),
+        ("model.vision_model.encoder.layers.1.mlp.fc2.weight", 1e8, "a channel needs the scale"),
     ],
 )
 def test_a_weight_that_core_ml_cannot_hold_is_named_and_nothing_is_left(
@@ -576,6 +618,37 @@ def test_a_weight_that_core_ml_cannot_hold_is_named_and_nothing_is_left(
     assert name in str(refused.value)
     assert message in str(refused.value)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_an_epsilon_that_fp16_cannot_hold_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["vision_config"]["layer_norm_eps"] = 1e-9
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"layer_norm1 is 1e-09, which fp16 holds as 0: too small"):
+        export_ios(str(checkpoint), tmp_path / "bundle", LOOSE)
+
+
+def test_a_proof_with_a_model_of_fewer_positions_is_refused(pending: Path, tmp_path: Path) -> None:
+    shorter = make_checkpoint(tmp_path / "shorter", max_positions=128)
+    with pytest.raises(BundleError, match=r"text\.context is 256, the model has 128 positions"):
+        prove_copy(pending, shorter, shutil.copytree(pending, tmp_path / "bundle"))
+
+
+def test_both_functions_of_the_decoder_share_every_weight(tiny_ios_bundle: Path) -> None:
+    functions = load_package(tiny_ios_bundle / "coreml" / "Decoder.mlpackage").model.functions
+
+    def blobs(name: str) -> dict[tuple[str, str], int]:
+        found = {}
+        for op in functions[name].operations:
+            values = {key: bound[0] for key, bound in op.inputs.items()} | {"val": op.value}
+            for key, value in values.items():
+                if isinstance(value, Value) and value.blob is not None:
+                    found[op.name, key] = value.blob
+        return found
+
+    assert blobs("prefill") == blobs("decode")
+    assert len(blobs("decode")) > 30
 
 
 def test_without_coremltools_the_remedy_is_named(

@@ -1,5 +1,6 @@
 """The executor: packages that coremltools made, states, rounding, and every way in which a package can lie."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from runtimes.blobfile import BlobError, read_blobs
-from runtimes.mil import DEQUANTIZE, Magnitude, Package, load_package
+from runtimes.mil import Magnitude, Package, load_package
+from runtimes.mil_package import DEQUANTIZE
 from runtimes.milproto import ProgramError
 
 coremltools = pytest.importorskip("coremltools")
@@ -227,6 +231,14 @@ def test_a_dropped_write_state_is_seen_in_the_tokens_that_follow(mutable: Path) 
     assert np.linalg.norm(after[1:] - before[1:]) > 1e-3 * np.linalg.norm(before[1:])
 
 
+def test_a_stale_read_of_the_cache_is_not_hidden_by_updates_in_place(mutable: Path) -> None:
+    before = feed(load_package(mutable), half=False)
+    edit(mutable, stale_read)
+    package = load_package(mutable)
+    after = feed(package, half=False)
+    assert np.linalg.norm(after[1:] - before[1:]) > 1e-3 * np.linalg.norm(before[1:])
+
+
 def operation(block: Any, kind: str) -> Any:
     return next(op for op in block.operations if op.type == kind)
 
@@ -237,7 +249,69 @@ def wrong_shape(_: Any, block: Any) -> None:
 
 
 def wrong_type(_: Any, block: Any) -> None:
-    operation(block, "add").outputs[0].type.tensorType.dataType = proto.MIL_pb2.DataType.FLOAT32
+    for op in block.operations:
+        if op.type == "add" and op.outputs[0].type.tensorType.dataType == proto.MIL_pb2.DataType.FLOAT16:
+            op.outputs[0].type.tensorType.dataType = proto.MIL_pb2.DataType.FLOAT32
+
+
+def float_of_an_integer(_: Any, block: Any) -> None:
+    operation(block, "add").outputs[0].type.tensorType.dataType = proto.MIL_pb2.DataType.FLOAT16
+
+
+def no_cast(_: Any, block: Any) -> None:
+    for op in [op for op in block.operations if op.type == "cast"]:
+        for other in block.operations:
+            for argument in other.inputs.values():
+                for binding in argument.arguments:
+                    if binding.name == op.outputs[0].name:
+                        binding.name = op.inputs["x"].arguments[0].name
+        block.operations.remove(op)
+
+
+def cast_to_another_type(_: Any, block: Any) -> None:
+    operation(block, "cast").outputs[0].type.tensorType.dataType = proto.MIL_pb2.DataType.FLOAT32
+
+
+def constant_of_another_type(_: Any, block: Any) -> None:
+    chosen = next(
+        op for op in block.operations if op.type == "const" and op.outputs[0].name == "text_model_norm_weight"
+    )
+    chosen.outputs[0].type.tensorType.dataType = proto.MIL_pb2.DataType.FLOAT32
+
+
+def state_of_another_type(_: Any, block: Any) -> None:
+    operation(block, "read_state").outputs[0].type.tensorType.dataType = proto.MIL_pb2.DataType.FLOAT32
+
+
+def missing_input(_: Any, block: Any) -> None:
+    del operation(block, "slice_update").inputs["begin"]
+
+
+def unknown_input(_: Any, block: Any) -> None:
+    operation(block, "silu").inputs["alpha"].CopyFrom(operation(block, "silu").inputs["x"])
+
+
+def state_as_a_value(_: Any, block: Any) -> None:
+    operation(block, "silu").inputs["x"].arguments[0].name = "key_cache"
+
+
+def older_specification(model: Any, _: Any) -> None:
+    model.specificationVersion = 8
+
+
+def flexible_input(model: Any, _: Any) -> None:
+    model.description.functions[0].input[0].type.multiArrayType.shapeRange.sizeRanges.add(lowerBound=1, upperBound=9)
+
+
+def absurd_shape(_: Any, block: Any) -> None:
+    for dimension in operation(block, "linear").outputs[0].type.tensorType.dimensions:
+        dimension.constant.size = 1 << 40
+
+
+def stale_read(_: Any, block: Any) -> None:
+    cuts = [op for op in block.operations if op.type == "slice_by_size"]
+    cuts = [op for op in cuts if "coreml_update" in op.inputs["x"].arguments[0].name]
+    cuts[2].inputs["x"].arguments[0].name = cuts[0].inputs["x"].arguments[0].name
 
 
 def unknown_operation(_: Any, block: Any) -> None:
@@ -281,7 +355,18 @@ def scales_that_do_not_divide(_: Any, block: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (wrong_type, "describes|declares"),
+        (wrong_type, r"add add_\d+: takes fp16 .* declares fp32"),
+        (float_of_an_integer, r"add add_0: takes int32 \[1\], int32 \[1\], declares fp16"),
+        (no_cast, r"mul mul_\d+: takes fp32 .*, fp16 .*, declares fp16"),
+        (cast_to_another_type, "cast cast_0: casts to fp16, declares fp32"),
+        (constant_of_another_type, "const text_model_norm_weight: declares"),
+        (state_of_another_type, r"read_state read_state_0: fp32 .* for a state of fp16"),
+        (missing_input, "slice_update_0: lacks its input begin"),
+        (unknown_input, "silu silu_0: has an unknown input alpha"),
+        (state_as_a_value, "its input x is key_cache, which nothing before it gives"),
+        (older_specification, "specification 8, want 9"),
+        (flexible_input, "feature inputs_embeds is optional, of flexible shape"),
+        (absurd_shape, "want at most 5 sizes"),
         (unknown_operation, "swish silu_0: an operation that is not supported"),
         (from_nowhere, "its input x is nothing, which nothing before it gives"),
         (twice, "gives position, which exists already"),
@@ -335,6 +420,8 @@ def test_blobs_that_no_call_has_read_are_known(tiny_ios_bundle: Path) -> None:
         lambda m: m.update(itemInfoEntries=[]),
         lambda m: [item.update(path="../model.mlmodel") for item in m["itemInfoEntries"].values()],
         lambda m: [item.update(path=3) for item in m["itemInfoEntries"].values()],
+        lambda m: [item.update(path="com.apple.CoreML/other.mlmodel") for item in m["itemInfoEntries"].values()],
+        lambda m: [item.update(path="com.apple.CoreML/\0") for item in m["itemInfoEntries"].values()],
     ],
 )
 def test_a_broken_manifest_is_refused_by_name(change: Callable[[Any], None], mutable: Path) -> None:
@@ -343,6 +430,46 @@ def test_a_broken_manifest_is_refused_by_name(change: Callable[[Any], None], mut
     (mutable / "Manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ProgramError, match=r"Manifest\.json"):
         load_package(mutable)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_changed_program_runs_or_is_refused_but_never_crashes(
+    tiny_ios_bundle: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Inputs and results removed, exchanged with others, replaced by texts and by huge or negative numbers."""
+    package = shutil.copytree(decoder(tiny_ios_bundle), tmp_path_factory.mktemp("changed") / "Decoder.mlpackage")
+    strange = data.draw(st.sampled_from(["remove", "rename", "number", "drop", "shape"]))
+
+    def change(_: Any, block: Any) -> None:
+        kinds = sorted({op.type for op in block.operations})
+        kind = data.draw(st.sampled_from([k for k in kinds if (k == "const") == (strange == "number")]))
+        chosen = data.draw(st.sampled_from([op for op in block.operations if op.type == kind][:8]))
+        keys = sorted(chosen.inputs)
+        match strange:
+            case "remove":
+                del chosen.inputs[data.draw(st.sampled_from(keys))]
+            case "rename":
+                names = [op.outputs[0].name for op in block.operations[:200] if op.outputs]
+                binding = chosen.inputs[data.draw(st.sampled_from(keys))].arguments[0]
+                binding.name = data.draw(st.sampled_from(names))
+            case "number":
+                tensor = chosen.attributes["val"].immediateValue.tensor
+                if tensor.ints.values:
+                    tensor.ints.values[0] = data.draw(st.sampled_from([-(2**31), -1, 0, 7, 2**31 - 1]))
+                elif tensor.strings.values:
+                    tensor.strings.values[0] = data.draw(st.sampled_from(["", "fp64", "x" * 99]))
+            case "drop":
+                block.operations.remove(chosen)
+            case "shape":
+                if chosen.outputs and chosen.outputs[0].type.tensorType.dimensions:
+                    size = data.draw(st.sampled_from([0, 1, 3, 2**31 - 1, 2**63]))
+                    chosen.outputs[0].type.tensorType.dimensions[0].constant.size = size
+
+    edit(package, change)
+    with contextlib.suppress(ProgramError, BlobError):
+        feed(load_package(package))
+    shutil.rmtree(package)
 
 
 def test_inputs_that_a_function_does_not_take_are_refused(tiny_ios_bundle: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # its usual name
 
-from runtimes.mil import DEQUANTIZE, _dequantize
+from runtimes.mil import _dequantize
 from runtimes.mil_ops import MOVES, OPERATIONS, OperationError
+from runtimes.mil_package import DEQUANTIZE
 
 coremltools = pytest.importorskip("coremltools")
 from coremltools.converters.mil.mil import Builder as mb  # noqa: E402, N813
