@@ -188,7 +188,8 @@ def _check_inputs(op: Operation, types: Mapping[str, TensorType], states: Mappin
 
 def _check_float_types(op: Operation, types: Mapping[str, TensorType], where: str) -> None:
     """All floats that an operation takes and gives are of one type, as Core ML wants; no integer becomes a float."""
-    taken = [types[b] if isinstance(b, str) else b.type for bound in op.inputs.values() for b in bound]
+    bound = [b for key in sorted(op.inputs) for b in op.inputs[key]]  # a file has them in any order
+    taken = [types[b] if isinstance(b, str) else b.type for b in bound]
     given = [kind for _, kind in op.outputs]
     floats = {kind.dtype for kind in [*taken, *given] if kind.dtype.startswith("fp")}
     first = types[x[0]] if (x := op.inputs.get("x", ())) and isinstance(x[0], str) else None
