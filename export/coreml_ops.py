@@ -33,7 +33,7 @@ from coremltools.converters.mil.mil import Function, Program, types
 
 _chatter.setLevel(_level)
 
-from export.smolvlm import VISION
+from export.smolvlm import VISION, stacked_name
 from export.spec import CheckpointError, TextSpec, VisionSpec, position_ids, rope_tables
 from export.weights import WeightSource, block_tensors, column_tensors, matrix_shape
 from quantize.int4 import QTensor, pack, unpack
@@ -242,9 +242,9 @@ class MilOps:
             title = f"{kind}_{count}"
         return getattr(mb, kind)(name=title, **inputs)
 
-    def vector(self, name: str, shape: tuple[int, ...] | None = None) -> Var:
+    def vector(self, name: str) -> Var:
         """A tensor that is not quantized, in fp16."""
-        constant = Constant(name, "fp16", shape or self.weights.shape(name))
+        constant = Constant(name, "fp16", self.weights.shape(name))
         return self.file.constants([constant], lambda: [half(self.weights[name], name)])[0]
 
     # --- linear layers
@@ -254,7 +254,7 @@ class MilOps:
         if any(s != schemes[0] for s in schemes):
             return self.op("concat", values=self.linears(x, weights, biases), axis=-1)
         self.used.update(dict.fromkeys(weights, schemes[0]))
-        title = weights[0] if len(weights) == 1 else "+".join([weights[0], *(w.split(".")[-2] for w in weights[1:])])
+        title = stacked_name(weights)
         matrix = self._matrix(title, weights, schemes[0])
         return self.op("linear", x=x, weight=matrix, bias=self._bias(title, biases, matrix.shape[0]))
 

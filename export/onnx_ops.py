@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from export.smolvlm import VISION
+from export.smolvlm import VISION, stacked_name
 from export.spec import CheckpointError, TextSpec, VisionSpec, position_ids, rope_tables
 from export.weights import WeightSource, block_tensors, column_tensors
 from quantize.int4 import QTensor, pack
@@ -204,7 +204,7 @@ class OnnxOps:
             parts = self.linears(x, weights, biases)
             return self.node("Concat", parts, {"axis": -1}, dtype=ir.DataType.FLOAT)
         self.used.update(dict.fromkeys(weights, schemes[0]))
-        title = weights[0] if len(weights) == 1 else "+".join([weights[0], *(w.split(".")[-2] for w in weights[1:])])
+        title = stacked_name(weights)
         bias = None
         if biases:
             bias_title = title.removesuffix(".weight") + ".bias"

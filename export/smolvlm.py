@@ -94,6 +94,11 @@ def decoder(ops: Ops[V], spec: ModelSpec, x: V) -> V:
     return ops.linear(h, [EMBED if text.tied else HEAD])
 
 
+def stacked_name(weights: Sequence[str]) -> str:
+    """The name of matrices that are stacked along their outputs: the first one's, and the projections of the others."""
+    return "+".join([weights[0], *(name.split(".")[-2] for name in weights[1:])])
+
+
 def matrices(spec: ModelSpec) -> Iterator[str]:
     """Names of the tensors that a recipe may quantize, in the order of the graphs."""
     yield EMBED
