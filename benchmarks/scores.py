@@ -215,16 +215,25 @@ def score_summary(scores: Sequence[float], documents: Sequence[int]) -> dict[str
 
 
 def paired_summary(reference: Sequence[float], found: Sequence[float], documents: Sequence[int]) -> dict[str, Any]:
-    """The difference that a system makes on the same items: below 0 it is worse than the reference."""
+    """The difference that a system makes on the same items: below 0 it is worse than the reference.
+
+    `lost` and `gained` count items, `worse` and `better` documents; the exact figures are of documents. They say what
+    a bootstrap cannot: where nothing has changed its interval has no width.
+    """
     difference = [f - r for f, r in zip(found, reference, strict=True)]
-    lost, gained = sum(d < 0 for d in difference), sum(d > 0 for d in difference)
+    by_document: dict[int, float] = {}
+    for document, change in zip(documents, difference, strict=True):
+        by_document[document] = by_document.get(document, 0.0) + change
+    worse, better = (sum(sign * change > 1e-9 for change in by_document.values()) for sign in (-1, 1))
     return {
         "difference": sum(difference) / len(difference),
         "interval_95": list(mean_interval(difference, [1.0] * len(difference), documents)),
-        "lost": lost,
-        "gained": gained,
-        "lost_rate_interval_95": list(exact_interval(lost, len(difference))),
-        "sign_test_p": sign_test(lost, gained),
+        "lost": sum(d < 0 for d in difference),
+        "gained": sum(d > 0 for d in difference),
+        "worse": worse,
+        "better": better,
+        "worse_rate_interval_95": list(exact_interval(worse, len(by_document))),
+        "sign_test_p": sign_test(worse, better),
     }
 
 

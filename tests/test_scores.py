@@ -192,8 +192,8 @@ def test_identical_systems_differ_by_0_with_an_interval_of_no_width() -> None:
     paired = paired_summary(scores, scores, range(60))
     assert (paired["difference"], paired["interval_95"]) == (0, [0, 0])
     assert (paired["lost"], paired["gained"], paired["sign_test_p"]) == (0, 0, 1)
-    assert paired["lost_rate_interval_95"][0] == 0
-    assert 0.04 < paired["lost_rate_interval_95"][1] < 0.07  # 60 unchanged ones do not show that none can be lost
+    assert paired["worse_rate_interval_95"][0] == 0
+    assert 0.04 < paired["worse_rate_interval_95"][1] < 0.07  # 60 unchanged ones do not show that none can be lost
 
 
 def test_lost_answers_give_an_interval_below_0() -> None:
@@ -232,6 +232,14 @@ def test_questions_on_one_document_are_drawn_together() -> None:
     assert (high - low) / (apart[1] - apart[0]) == pytest.approx(math.sqrt(10), rel=0.15)
     assert score_summary(values, documents)["interval"] == "bootstrap"
     assert score_summary(values, documents)["documents"] == 100
+
+
+def test_a_document_is_worse_or_better_once_however_many_questions_it_has() -> None:
+    before, after = [1.0, 1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.5, 1.0]
+    paired = paired_summary(before, after, [0, 0, 0, 1, 2])
+    assert (paired["lost"], paired["gained"], paired["worse"], paired["better"]) == (3, 2, 2, 1)
+    assert paired["sign_test_p"] == 1
+    assert paired["worse_rate_interval_95"] == list(exact_interval(2, 3))
 
 
 def test_a_mean_over_tokens_counts_every_token() -> None:
