@@ -81,6 +81,10 @@ class Endpoint:
             "decoding": {key: value for key, value in asdict(decoding).items() if key != "tiles"},
         }
 
+    def close(self) -> None:
+        """Ends its connections."""
+        self._client.close()
+
     def answer(self, item: Item) -> Answer:
         """As in `System`. Raises EndpointError when it is given up."""
         content: list[dict[str, Any]] = [{"type": "text", "text": self._decoding.question(item)}]

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -268,8 +268,14 @@ def write_report(report: dict[str, Any], out: Path) -> Path:
     return out / f"report-{name}.md"
 
 
-def open_systems(args: argparse.Namespace, key: str | None) -> tuple[list[System], ReferenceSystem | None, Decoding]:
-    """The systems that a command line names, and what they are paired with. Raises what they raise."""
+def open_systems(
+    args: argparse.Namespace, key: str | None, stack: ExitStack
+) -> tuple[list[System], ReferenceSystem | None, Decoding]:
+    """The systems that a command line names, to be closed with `stack`, and what they are paired with.
+
+    Raises:
+        BundleError, CheckpointError, EndpointError, InputError: if one cannot be used.
+    """
     decoding = Decoding(args.max_new_tokens, args.instruction, args.tiles)
     bundles = [
         BundleSystem(read_bundle(folder, allow_pending=args.allow_pending), decoding, threads=args.threads)
@@ -282,7 +288,8 @@ def open_systems(args: argparse.Namespace, key: str | None) -> tuple[list[System
         reference = ReferenceSystem(args.model, decoding, bundles[0].settings if bundles else None)
     systems: list[System] = [*bundles]
     if args.endpoint is not None:
-        systems.append(Endpoint(args.endpoint, args.endpoint_model, decoding, key, timeout_s=args.timeout))
+        endpoint = Endpoint(args.endpoint, args.endpoint_model, decoding, key, timeout_s=args.timeout)
+        systems.append(stack.enter_context(closing(endpoint)))
     return systems, reference, decoding
 
 
@@ -335,8 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         data = read_dataset(args.data, args.images, args.limit)
         data = replace(data, metric=args.metric) if args.metric else data
-        systems, reference, decoding = open_systems(args, key)
-        report = evaluate(data, systems, reference, decoding, args.out, say)
+        with ExitStack() as stack:
+            systems, reference, decoding = open_systems(args, key, stack)
+            report = evaluate(data, systems, reference, decoding, args.out, say)
         path = write_report(report, args.out)
     except ERRORS as exc:
         message = " ".join(str(exc).split())
