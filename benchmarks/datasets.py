@@ -172,8 +172,8 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 def _name(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row.get(key)
-    if not isinstance(value, (int, str)) or isinstance(value, bool):
-        raise DataError(f"{where}.{key} is {repr(value)[:80]}, want a number or a text")
+    if not isinstance(value, (int, str)) or isinstance(value, bool) or not str(value).isprintable():
+        raise DataError(f"{where}.{key} is {repr(value)[:80]}, want a number or a text in one line")
     return str(value)
 
 

@@ -109,6 +109,9 @@ def test_the_projects_own_lines_are_read_as_the_proof_reads_them(tmp_path: Path)
     (tmp_path / "documents.jsonl").write_text('{"image": 3, "question": "?"}')
     with pytest.raises(DataError, match="line 1: image is 3"):
         read_dataset(tmp_path)
+    (tmp_path / "documents.jsonl").write_text('{"question": "?"}\n' + "[" * 100_000)
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        read_dataset(tmp_path)
 
 
 def test_a_limit_leaves_the_rest_unread(tmp_path: Path) -> None:
@@ -126,6 +129,12 @@ def test_a_limit_leaves_the_rest_unread(tmp_path: Path) -> None:
     [
         ("DocVQA", "question", "", r"data\[0\]\.question is '', want a text"),
         ("DocVQA", "questionId", None, r"data\[0\]\.questionId is None, want a number or a text"),
+        (
+            "DocVQA",
+            "questionId",
+            "\x1b[2J",
+            r"data\[0\]\.questionId is '\\x1b\[2J', want a number or a text in one line",
+        ),
         ("DocVQA", "answers", [], r"data\[0\]\.answers is \[\], want a list of texts"),
         ("DocVQA", "answers", ["a", 1], r"data\[0\]\.answers is \['a', 1\]"),
         ("DocVQA", "answers", "a", r"data\[0\]\.answers is 'a'"),
