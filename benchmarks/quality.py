@@ -16,6 +16,7 @@ Not covered: speed, sampling, answers in free text.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -331,6 +332,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error("nothing to evaluate: give a BUNDLE, --model or --endpoint")
     if (args.endpoint is None) != (args.endpoint_model is None):
         command.error("--endpoint and --endpoint-model belong together")
+    if args.threads < 0:
+        command.error(f"--threads is {args.threads}, want 0 or more")
+    if not 0 < args.timeout < math.inf:
+        command.error(f"--timeout is {args.timeout}, want seconds above 0")
     key = None
     if args.key_env is not None and not (key := os.environ.get(args.key_env)):
         command.error(f"the environment variable {args.key_env}, which --key-env names, is not set")

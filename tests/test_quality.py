@@ -715,6 +715,8 @@ def test_what_the_command_cannot_use_is_said_in_one_line(
         (["b", "--endpoint-model", "m"], "belong together"),
         (["b", "--key-env", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE, which --key-env names, is not set"),
         (["b", "--tiles", "3"], "invalid choice"),
+        (["b", "--threads", "-1"], "--threads is -1, want 0 or more"),
+        (["b", "--timeout", "nan"], "--timeout is nan, want seconds above 0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
