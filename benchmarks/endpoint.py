@@ -99,7 +99,7 @@ class Endpoint:
             "max_tokens": self._decoding.max_new_tokens,
             "temperature": 0,
         }
-        return Answer(self._text(self._reply(json.dumps(request).encode())))
+        return self._read(self._reply(json.dumps(request).encode()))
 
     def along(self, item: Item, reference: Answer) -> Floats | None:
         """None: an endpoint does not show its logits."""
@@ -140,11 +140,12 @@ class Endpoint:
                     raise httpx2.ReadTimeout(f"the reply takes more than {self._timeout_s:g} s")
             return response.status_code, response.headers.get("retry-after", ""), body.decode("utf-8", "replace")
 
-    def _text(self, body: str) -> str:
+    def _read(self, body: str) -> Answer:
         """The answer in a reply's body: choices[0].message.content, where null (nothing said) is the empty text."""
         try:
-            content = json.loads(body)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError) as exc:
+            choice = json.loads(body)["choices"][0]
+            content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
             raise EndpointError(
                 f"{self._url}: the reply has no choices[0].message.content ({type(exc).__name__}): {self._shown(body)}"
             ) from exc
@@ -153,7 +154,7 @@ class Endpoint:
         text = (content or "").encode("utf-8", "replace").decode("utf-8").strip()
         if self._key and len(self._key) >= LEAST_SECRET:
             text = text.replace(self._key, "[key]")  # answers are kept in files
-        return text
+        return Answer(text, cut)
 
     def _shown(self, text: str) -> str:
         """The beginning of what came back, in one line of printable characters, without the key."""

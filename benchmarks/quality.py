@@ -87,6 +87,7 @@ def evaluate(
             {
                 "name": system.name,
                 "identity": system.identity,
+                "cut": sum(one.cut for one in found),
                 "scores": summarise(data, found, documents),
                 "against_reference": compare(data, given, found, documents) if given else None,
             }
@@ -105,6 +106,7 @@ def evaluate(
         "reference": {
             "name": reference.name,
             "identity": reference.identity,
+            "cut": sum(one.cut for one in given),
             "scores": summarise(data, given, documents),
         }
         if reference and given
@@ -157,22 +159,22 @@ class _KeptReference:
 
     def given(self, keys: Sequence[str]) -> list[Given]:
         """What it said to the items with these keys."""
-        return [Given(str(self._rows[key]["text"])) for key in keys]
+        return [Given(self._rows[key]["text"], self._rows[key]["cut"]) for key in keys]
 
     def answer(self, key: str) -> Answer:
         """What it said to one item, with logits if it has any."""
         row = self._rows[key]
         if "place" not in row:
-            return Answer(row["text"])
+            return Answer(row["text"], row["cut"])
         logits = self._logits.read(row["place"], len(row["tokens"]), row["vocab"])
-        return Answer(row["text"], tuple(row["tokens"]), logits, row["prompt"])
+        return Answer(row["text"], row["cut"], tuple(row["tokens"]), logits, row["prompt"])
 
     def _row(self, answer: Answer) -> dict[str, Any]:
+        row: dict[str, Any] = {"text": answer.text, "cut": answer.cut}
         if answer.tokens is None or answer.logits is None:
-            return {"text": answer.text}
+            return row
         place, vocab = self._logits.append(answer.logits), answer.logits.shape[1]
-        tokens = list(answer.tokens)
-        return {"text": answer.text, "tokens": tokens, "prompt": answer.prompt, "place": place, "vocab": vocab}
+        return row | {"tokens": list(answer.tokens), "prompt": answer.prompt, "place": place, "vocab": vocab}
 
     def _whole(self, row: dict[str, Any] | None) -> bool:
         if row is None or "place" not in row:
@@ -203,11 +205,12 @@ def _answers(
                     along.append({"item": keys[i], **_divergence(system, items[i], kept.answer(keys[i]))})
                 if keys[i] not in said.rows:
                     answer = system.answer(items[i])
-                    said.append({"item": keys[i], "text": answer.text, "tokens": answer.tokens})
+                    said.append({"item": keys[i], "text": answer.text, "cut": answer.cut, "tokens": answer.tokens})
     given = []
     for key in keys:
-        text, row = str(said.rows[key]["text"]), along.rows[key] if along is not None else {}
-        given.append(Given(text, tuple(row["kl"]), tuple(row["agreed"])) if row.get("kl") else Given(text))
+        one, row = said.rows[key], along.rows[key] if along is not None else {}
+        followed = (tuple(row["kl"]), tuple(row["agreed"])) if row.get("kl") else (None, None)
+        given.append(Given(one["text"], one["cut"], *followed))
     return given
 
 

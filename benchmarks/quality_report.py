@@ -15,10 +15,14 @@ SHOWN = 10  # of them in its Markdown
 
 @dataclass(frozen=True)
 class Given:
-    """A system's answer to one item. Of each token of the reference's answer: the divergence KL(reference || system)
-    in nats, and whether both have the same best token; None where the system's logits were not seen."""
+    """A system's answer to one item, and whether it was cut off at the most tokens allowed.
+
+    Of each token of the reference's answer: the divergence KL(reference || system) in nats, and whether both have the
+    same best token; None where the system's logits were not seen.
+    """
 
     text: str
+    cut: bool = False
     kl: tuple[float, ...] | None = None
     agreed: tuple[bool, ...] | None = None
 
@@ -135,8 +139,9 @@ def report_text(report: dict[str, Any]) -> str:
     lines.append("")
     for row in rows:
         of = row["identity"]
+        cut = f"; {row['cut']} answers cut off at {decoding['max_new_tokens']} tokens" if row["cut"] else ""
         what = next((f"{k} `{of[k]}`" for k in ("payload_digest", "checkpoint_digest", "url") if k in of), "")
-        lines.append(f"- {cell(row['name'])}: {what}")
+        lines.append(f"- {cell(row['name'])}: {what}{cut}")
     return "\n".join(lines) + "\n"
 
 

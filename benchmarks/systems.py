@@ -56,10 +56,12 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system said. Where its tokens can be seen: `tokens`, the end token included; of the reference also
-    `logits`, f32 [len(tokens), vocab], of which row i chose token i; `prompt` is a digest of the prompt's tokens."""
+    """What a system said, and whether it was `cut` off at the most tokens allowed. Where its tokens can be seen:
+    `tokens`, the end token included; of the reference also `logits`, f32 [len(tokens), vocab], of which row i chose
+    token i; `prompt` is a digest of the prompt's tokens."""
 
     text: str
+    cut: bool = False
     tokens: tuple[int, ...] | None = None
     logits: Floats | None = None
     prompt: str | None = None
@@ -118,7 +120,8 @@ class BundleSystem:
         if asked.tokens is None:
             asked.tokens = greedy(self.runner, asked.ids, asked.features, self._decoding.max_new_tokens)
         text = self.encoder.decode(asked.tokens).strip()
-        return Answer(text, asked.tokens, prompt=prompt_digest(asked.ids))
+        cut = asked.tokens[-1] not in self.runner.settings.eos_ids
+        return Answer(text, cut, asked.tokens, prompt=prompt_digest(asked.ids))
 
     def along(self, item: Item, reference: Answer) -> Floats | None:
         """As in `System`; None if the reference has another vocabulary.
@@ -232,7 +235,8 @@ class ReferenceSystem:
         ids = reference_ids(self._folder, (("user", parts),), grids, self._spec.tokens_per_tile)
         made = self._model.generate(ids, prepared[0][0] if prepared else None, self._decoding.max_new_tokens)
         text = self._tokenizer.decode(list(made.tokens), skip_special_tokens=True).strip()
-        return Answer(text, made.tokens, made.logits, prompt_digest(ids))
+        cut = made.tokens[-1] not in self._spec.eos_ids
+        return Answer(text, cut, made.tokens, made.logits, prompt_digest(ids))
 
     def along(self, item: Item, reference: Answer) -> Floats | None:
         """None: it is what others are compared with."""

@@ -51,7 +51,7 @@ class Scripted:
         text = self._says(item)
         if self._sure is None:
             return Answer(text)
-        return Answer(text, (3, 3), self._logits(2), "prompt")
+        return Answer(text, False, (3, 3), self._logits(2), "prompt")
 
     def along(self, item: Item, reference: Answer) -> Floats | None:
         return None if self._sure is None or reference.tokens is None else self._logits(len(reference.tokens))
@@ -317,14 +317,16 @@ def test_a_bundle_is_followed_along_the_references_answers(
         assert alone.prompt == answer.prompt
 
 
-def test_a_bundle_that_makes_the_same_choices_is_not_run_twice(tiny_bundle: Path, pictures: tuple[Item, ...]) -> None:
+def test_a_bundle_that_makes_the_same_choices_is_not_run_twice(
+    tiny_bundle: Path, pictures: tuple[Item, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for item in pictures:
         own = BundleSystem(read_bundle(tiny_bundle), Decoding(max_new_tokens=5)).answer(item)
         assert own.tokens is not None
         system = BundleSystem(read_bundle(tiny_bundle), Decoding(max_new_tokens=5))
         shown = np.zeros((len(own.tokens), system.runner.settings.vocab), dtype=np.float32)
         system.along(item, replace(own, logits=shown))
-        system.runner = None  # type: ignore[assignment]
+        monkeypatch.setattr(system.runner, "extend", None)
         assert system.answer(item) == own
 
 
@@ -333,7 +335,7 @@ def test_a_model_of_another_vocabulary_is_not_followed_and_one_of_another_prompt
 ) -> None:
     system = BundleSystem(read_bundle(tiny_bundle), DECODING)
     vocab = system.runner.settings.vocab
-    other = Answer("x", (1,), np.zeros((1, vocab + 1), dtype=np.float32), "prompt")
+    other = Answer("x", False, (1,), np.zeros((1, vocab + 1), dtype=np.float32), "prompt")
     assert system.along(pictures[0], other) is None
     assert system.along(pictures[0], Answer("x")) is None
     with pytest.raises(InputError, match="different prompts"):
@@ -528,6 +530,7 @@ def test_a_refusal_is_not_tried_again_nor_a_redirection_followed(status: int, as
         '{"choices": []}',
         '{"choices": [{"message": null}]}',
         '{"choices": {"0": 1}}',
+        '{"choices": [[1]]}',
         '{"error": {"message": "x"}}',
         "[" * 100_000,
         b"\xff\xfe\x00",
@@ -548,6 +551,18 @@ def test_an_answer_is_a_text_and_nothing_said_is_an_empty_one(ask: Ask) -> None:
     with pytest.raises(EndpointError, match="content is list, want a text"):
         endpoint.answer(QUESTION)
     assert endpoint.answer(QUESTION).text == "half ?"
+
+
+def test_an_answer_that_was_cut_off_is_told(ask: Ask, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    choice = {"message": {"content": "5"}, "finish_reason": "length"}
+    endpoint, _ = ask(send(200, {"choices": [choice]}), says("5"))
+    decoding = Decoding(max_new_tokens=1)
+    system = BundleSystem(read_bundle(tiny_bundle), decoding)
+    reference = ReferenceSystem(str(tiny_checkpoint), decoding)
+    report = evaluate(DataSet("d", "exact", (QUESTION,)), [system, endpoint], reference, decoding, tmp_path)
+    assert [row["cut"] for row in (report["reference"], *report["systems"])] == [1, 1, 1]
+    assert "1 answers cut off at 1 tokens" in report_text(report)
+    assert not endpoint.answer(QUESTION).cut
 
 
 def test_a_reply_beyond_measure_is_not_read(ask: Ask) -> None:
@@ -687,6 +702,31 @@ def test_the_command_evaluates_a_bundle_beside_its_reference_and_an_endpoint(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
     assert main([*command, "--metric", "anls"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"]["metric"] == "anls"
+
+
+def test_the_command_reads_what_is_published(
+    tiny_bundle: Path, pictures: tuple[Item, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = pictures[1].image
+    assert image is not None
+    with Image.open(image) as picture:
+        picture.convert("RGB").save(tmp_path / "a.jpg")
+    docvqa = {"data": [{"questionId": 1, "question": "What?", "image": image.name, "answers": ["x"]}]}
+    textvqa = {"data": [{"question_id": 1, "question": "What?", "image_id": "a", "answers": ["x"] * 10}]}
+    chartqa = [{"imgname": image.name, "query": "What?", "label": "x"}]
+    for content, folder, want in (
+        (docvqa, image.parent, ("DocVQA", "anls")),
+        (textvqa, tmp_path, ("TextVQA", "vqa")),
+        (chartqa, image.parent, ("ChartQA", "relaxed")),
+    ):
+        (tmp_path / "data.json").write_text(json.dumps(content))
+        command = [str(tiny_bundle), "--data", str(tmp_path / "data.json"), "--images", str(folder)]
+        command += ["--max-new-tokens", "3", "--out", str(tmp_path / "out"), "--json"]
+        assert main(command) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (report["data"]["name"], report["data"]["metric"]) == want
+        assert report["reference"] is None
+        assert report["systems"][0]["scores"]["all"]["items"] == 1
 
 
 def test_what_the_command_cannot_use_is_said_in_one_line(
