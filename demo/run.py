@@ -42,11 +42,20 @@ def main() -> int:
         say(f"drawing {DOCUMENTS} test documents")
         for _ in write_documents("test", DOCUMENTS, "clean", documents):
             pass
+    calibration, work = args.out / "calibration", args.out / "calibrated"
+    if not calibration.exists():
+        say(f"drawing {CALIBRATION} documents for calibration")
+        for _ in write_documents("calibration", CALIBRATION, "worn", calibration):
+            pass
     android = args.out / "demo-android"
     say("Android: ONNX")
-    done = [export_android(str(CHECKPOINT), android, args.recipe, data=documents, progress=say)]
+    done = [
+        export_android(
+            str(CHECKPOINT), android, args.recipe, data=documents, calibration=calibration, work=work, progress=say
+        )
+    ]
     if importlib.util.find_spec("coremltools"):
-        done.append(_ios(args.out / "demo-ios", args.recipe, documents, say))
+        done.append(_ios(args.out / "demo-ios", args.recipe, documents, calibration, work, say))
     else:
         say("iOS is left out: coremltools has no build for this machine (macOS and Linux on x86-64 have one)")
     answers = []
@@ -76,11 +85,15 @@ def main() -> int:
     return 0
 
 
-def _ios(out: Path, recipe: str, documents: Path, say: Callable[[str], None]) -> Exported:
+def _ios(
+    out: Path, recipe: str, documents: Path, calibration: Path, work: Path, say: Callable[[str], None]
+) -> Exported:
     from export.ios import export_ios  # needs coremltools, which some machines cannot have
 
     say("iOS: Core ML")
-    return export_ios(str(CHECKPOINT), out, recipe, data=documents, limit=EMULATED, progress=say)
+    return export_ios(
+        str(CHECKPOINT), out, recipe, data=documents, limit=EMULATED, calibration=calibration, work=work, progress=say
+    )
 
 
 if __name__ == "__main__":

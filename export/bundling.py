@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from export.calibrate import calibrate, calibration_documents, calibration_prompts, identity
 from export.checkpoint import Checkpoint, resolve
-from export.prove import DataError, Document, ProofError, peak_rss_bytes, prove, read_data
+from export.documents import DataError, Document, read_data
+from export.prove import ProofError, peak_rss_bytes, prove
 from export.spec import CheckpointError, ModelSpec, read_spec
-from export.weights import Weights, open_weights
+from export.weights import WeightSource, open_weights
 from quantize.recipe import DEFAULT, SHIPPED, Recipe, RecipeError, Scheme, load_recipe
 from runtimes.bundle import write_manifest
 from runtimes.manifest import (
     BundleError,
+    Calibration,
     Engine,
     ImageLimits,
     InstructionSet,
@@ -41,9 +44,12 @@ class Job:
 
     checkpoint: Checkpoint
     spec: ModelSpec
-    weights: Weights
+    weights: WeightSource
     recipe: Recipe
     documents: Sequence[Document]
+    calibrating: Sequence[Document]  # those that calibration may use; empty if the recipe needs none
+    source: WeightSource  # what is written: `weights`, or what calibration made of them
+    calibration: Calibration | None
     began: float  # time.monotonic()
 
 
@@ -60,8 +66,11 @@ class Exported:
     report: dict[str, Any] | None
 
 
-def start(model: str, recipe_name: str, data: Path | None, limit: int | None) -> Job:
+def start(model: str, recipe_name: str, data: Path | None, limit: int | None, calibration: Path | None) -> Job:
     """Reads the recipe and the documents, finds the checkpoint and opens it.
+
+    Args:
+        calibration: documents, which a recipe that is calibrated must have.
 
     Raises:
         CheckpointError, RecipeError, DataError: naming what is wrong.
@@ -69,9 +78,28 @@ def start(model: str, recipe_name: str, data: Path | None, limit: int | None) ->
     began = time.monotonic()
     recipe = load_recipe(recipe_name)
     documents = read_data(data, limit) if data else []
+    calibrating = calibration_documents(recipe, calibration)
     checkpoint = resolve(model)
     spec = read_spec(checkpoint.folder)
-    return Job(checkpoint, spec, open_weights(checkpoint.folder, spec), recipe, documents, began)
+    weights = open_weights(checkpoint.folder, spec)
+    return Job(checkpoint, spec, weights, recipe, documents, calibrating, weights, None, began)
+
+
+def calibrated(job: Job, stage: Path, out: Path, work: Path | None, progress: Callable[[str], None]) -> Job:
+    """The job with what calibration made of its weights, if its recipe is calibrated.
+
+    Args:
+        stage: holds the processor files of the bundle.
+        work: where what is done is kept; None: beside the bundle.
+    """
+    if not job.recipe.calibrated:
+        return job
+    model = identity(job.checkpoint.folder)
+    folder = work or out.with_name(out.name + ".calibration")
+    prompts, used = calibration_prompts(stage, job.spec, job.calibrating)
+    progress(f"calibration: {used.documents} documents of at most {used.tiles} tiles, kept in {folder}")
+    source = calibrate(model, job.spec, job.weights, job.recipe, prompts, folder, progress)
+    return replace(job, source=source, calibration=used)
 
 
 def finish(
@@ -82,7 +110,9 @@ def finish(
     export_s, peak = time.monotonic() - job.began, peak_rss_bytes()
     report = None
     if with_proof:
-        report = prove(stage, job.checkpoint.folder, job.spec, job.weights, job.recipe, job.documents, progress)
+        report = prove(
+            stage, job.checkpoint.folder, job.spec, job.weights, job.recipe, job.documents, progress, source=job.source
+        )
         manifest = write_manifest(stage, replace(manifest, proof=Proof("passed", "report.json")))
     size = sum(f.size for f in manifest.files if f.role == "payload")
     proof_s = time.monotonic() - job.began - export_s if with_proof else None
@@ -166,6 +196,7 @@ def describe(
             job.spec.image_token_id,
         ),
         memory=memory,
+        calibration=job.calibration,
         notes=notes,
     )
 
@@ -207,6 +238,8 @@ def parser(prog: str, text: str) -> argparse.ArgumentParser:
     command.add_argument("--no-proof", action="store_true", help="leave the proof pending (python -m export.prove)")
     command.add_argument("--data", type=Path, help="documents.jsonl (image, question, answer) to measure the loss on")
     command.add_argument("--limit", type=int, help="use at most this many documents")
+    command.add_argument("--calibration", type=Path, help="documents.jsonl by which a calibrated recipe rounds")
+    command.add_argument("--work", type=Path, help="where calibration keeps what is done (default: beside the bundle)")
     command.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return command
 

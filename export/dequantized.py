@@ -19,7 +19,7 @@ import numpy as np
 from export.checkpoint import resolve
 from export.smolvlm import matrices
 from export.spec import CheckpointError, ModelSpec, read_spec, tensor_shapes
-from export.weights import Weights, block_tensors, column_tensors, open_weights
+from export.weights import WeightSource, open_weights
 from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
 from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
 from runtimes.bundle import stage_bundle
@@ -36,7 +36,7 @@ class Dequantized:
         keep: hold the integers, so that a matrix asked for again is not quantized again.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, recipe: Recipe, *, keep: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, weights: WeightSource, recipe: Recipe, *, keep: bool = False) -> None:
         self._weights, self._recipe, self._matrices = weights, recipe, frozenset(matrices(spec))
         self._keep = keep
         self._kept: dict[str, QTensor | ColumnTensor] = {}
@@ -48,25 +48,23 @@ class Dequantized:
     def __getitem__(self, name: str) -> F32:
         if not self.in_integers(name):
             return self._weights[name]
-        integers = self._kept[name] if name in self._kept else self._quantized(name)
+        integers = self._kept.get(name) or self._weights.quantized(name, self._recipe.scheme(name))
         if self._keep:
             self._kept[name] = integers
         return dequantize(integers) if isinstance(integers, QTensor) else dequantize_columns(integers)
 
-    def _quantized(self, name: str) -> QTensor | ColumnTensor:
-        scheme = self._recipe.scheme(name)
-        make = column_tensors if scheme.format == "column" else block_tensors
-        return make(self._weights, [name], scheme)[0]
 
-
-def write_dequantized(folder: Path, recipe: Recipe, out: Path) -> Iterator[str]:
+def write_dequantized(folder: Path, recipe: Recipe, out: Path, weights: WeightSource | None = None) -> Iterator[str]:
     """Writes the checkpoint of `folder` after `recipe` to `out`, shard by shard; yields each shard's name.
+
+    Args:
+        weights: what is quantized; None: the checkpoint's own.
 
     Raises:
         CheckpointError, BundleError: bad input; `out` exists or cannot be written (nothing is left of it).
     """
     spec = read_spec(folder)
-    weights = open_weights(folder, spec)
+    weights = weights or open_weights(folder, spec)
     source = Dequantized(spec, weights, recipe)
     with stage_bundle(out) as stage:
         for path in sorted(folder.iterdir()):

@@ -7,7 +7,7 @@ A factor moves weight from the inputs of a product to its matrix: what SmoothQua
 AWQ (Lin et al., arXiv:2306.00978) do against channels that are much larger than the others.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,9 @@ class Fold:
 
     def gathered(self, columns: F32) -> F32:
         """Per column of the readers -> [repeats, C]: what each channel is to each of its uses."""
-        return np.ascontiguousarray(columns.reshape(-1, self.repeats, self.width).swapaxes(0, 1).reshape(self.repeats, -1))
+        return np.ascontiguousarray(
+            columns.reshape(-1, self.repeats, self.width).swapaxes(0, 1).reshape(self.repeats, -1)
+        )
 
 
 def folds(spec: ModelSpec) -> Iterator[Fold]:
@@ -78,7 +80,7 @@ class Folded:
         self._rows: dict[str, F32] = {}
         self._columns: dict[str, F32] = {}
         for fold, factor in factors:
-            self._rows |= {name: 1 / factor for name in fold.writers}
+            self._rows |= {name: np.reciprocal(factor) for name in fold.writers}
             self._columns |= {name: fold.spread(factor) for name in fold.readers}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -100,5 +102,3 @@ class Folded:
 
     def __getitem__(self, name: str) -> F32:
         return self.rows(name, 0, self.shape(name)[0])
-
-

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from export.checkpoint import resolve
+from export.documents import DataError, Document, read_data
 from export.reference import Reference, reference_ids, reference_pixels, reference_processor
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.targets import open_target
-from export.weights import Weights, open_weights
+from export.weights import WeightSource, open_weights
 from quantize.recipe import Limits, Recipe, RecipeError, load_recipe
 from runtimes.bundle import Bundle, read_bundle, replace_manifest
 from runtimes.manifest import BundleError, Proof
@@ -43,7 +44,6 @@ from runtimes.verify import Case, Outputs, Parity, compare, relative_error, repl
 EXPORT_LIMIT = 1e-4  # relative L2 of features and logits, twin against reference
 CASE_TOKENS = 8  # greedy tokens of a golden case
 ANSWER_TOKENS = 32  # at most this many for a document
-MAX_DATA_LINE = 1 << 20
 F32 = npt.NDArray[np.float32]
 
 
@@ -51,77 +51,22 @@ class ProofError(RuntimeError):
     """The bundle is not what its recipe promises; the message names what is over which limit."""
 
 
-class DataError(ValueError):
-    """A documents file that cannot be used; the message names the line and the field."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A question on an image (or on none), with the answers that count as right (none: only compared)."""
-
-    image: Path | None
-    question: str
-    answers: tuple[str, ...]
-    task: str
-
-
-def read_data(path: Path, limit: int | None = None) -> list[Document]:
-    """Reads a JSONL file, or documents.jsonl in a folder.
-
-    A line is {"image": path beside the file or null, "question": text, "answer": text or a list of texts
-    (optional), "task": name (optional)}.
-
-    Raises:
-        DataError: naming the line and the field.
-    """
-    path = path / "documents.jsonl" if path.is_dir() else path
-    documents: list[Document] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(documents) >= limit:
-                    break
-                if line.strip():
-                    documents.append(_document(line, path.parent, f"{path}: line {number}"))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"{path}: cannot be read: {exc}") from exc
-    if not documents:
-        raise DataError(f"{path}: holds no document")
-    return documents
-
-
-def _document(line: str, folder: Path, where: str) -> Document:
-    if len(line) > MAX_DATA_LINE:
-        raise DataError(f"{where}: longer than {MAX_DATA_LINE:,} characters")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise DataError(f"{where}: not JSON: {exc}") from exc
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: is {type(row).__name__}, want an object")
-    image, question, answer = row.get("image"), row.get("question"), row.get("answer", [])
-    if image is not None and not isinstance(image, str):
-        raise DataError(f"{where}: image is {image!r}, want a path or null")
-    if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: question is {question!r}, want a text")
-    answers = [answer] if isinstance(answer, str) else answer
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise DataError(f"{where}: answer is {answer!r}, want a text or a list of texts")
-    if image is not None and not (folder / image).is_file():
-        raise DataError(f"{where}: image {folder / image} does not exist")
-    return Document(folder / image if image else None, question, tuple(answers), str(row.get("task", "all")))
-
-
 def prove(
     folder: Path,
     checkpoint: Path,
     spec: ModelSpec,
-    weights: Weights,
+    weights: WeightSource,
     recipe: Recipe,
     documents: Sequence[Document],
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    source: WeightSource | None = None,
 ) -> dict[str, Any]:
     """Proves the pending bundle in `folder`; writes cases/, report.json and report.md there.
+
+    Args:
+        weights: the full-precision model.
+        source: what the bundle was made of, where that is not `weights` but what calibration made of them.
 
     Returns:
         The report, as written to report.json.
@@ -135,7 +80,7 @@ def prove(
     encoder = PromptEncoder.from_folder(folder)
     settings = read_settings(folder / "preprocessor_config.json")
 
-    target = open_target(bundle, spec, weights, recipe)
+    target = open_target(bundle, spec, source or weights, recipe)
     progress("weights and graphs, byte for byte")
     if different := target.different():
         raise ProofError("the payload is not what the recipe makes of the checkpoint: " + "; ".join(different[:10]))

@@ -158,9 +158,7 @@ def rounded(weights: WeightSource, name: str, scheme: Scheme) -> QTensor | Colum
         if scheme.rounding == "gptq":
             raise ValueError("its rounding is gptq, which needs calibration documents")
         fit = scheme.rounding == "fitted"
-        return quantize_blocks(
-            rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric, fit=fit
-        )
+        return quantize_blocks(rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric, fit=fit)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Feedback:
     importance: F32
 
     def solved(self, cross: F32) -> F32:
-        """cross H^-1, f32 [N, K] both: what to add to weights whose outputs are off by `cross`, summed against the inputs."""
+        """cross H^-1, f32 [N, K]: what to add to weights where `cross` is the sum of (y - W x) x^T, f32 [N, K]."""
         k = len(self.order)
         x = np.ascontiguousarray(cross.T[self.order])  # [K, N], solved in place, panel by panel
         panels = [slice(start, min(start + PANEL, k)) for start in range(0, k, PANEL)]

@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-SHIPPED = ("fp32", "int8", "int4", "int4-all")
-DEFAULT = "int4"
+SHIPPED = ("fp32", "int8", "int4", "int4-quick", "int4-all")
+DEFAULT, UNCALIBRATED = "int4", "int4-quick"
 ROUNDINGS = ("nearest", "fitted", "gptq")
 
 
@@ -75,6 +75,12 @@ class Recipe:
     description: str
     rules: tuple[tuple[str, Scheme], ...]
     limits: Limits
+    factors: bool = False  # channels are evened out first, by factors from calibration folded into the tensors around
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs documents."""
+        return self.factors or any(scheme.rounding == "gptq" for _, scheme in self.rules)
 
     def scheme(self, tensor: str) -> Scheme:
         """The scheme of a Hugging Face tensor name."""
@@ -109,7 +115,9 @@ def load_recipe(name: str) -> Recipe:
 
 def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     """Checks every key; unknown and missing ones are errors by name."""
-    _keys(data, {"name", "description", "rule", "limits"}, where)
+    _keys({"factors": False} | data, {"name", "description", "factors", "rule", "limits"}, where)
+    if not isinstance(data.get("factors", False), bool):
+        raise RecipeError(f"{where}: factors is {data['factors']!r}, want true or false")
     limits = data["limits"]
     fields = set(Limits.__dataclass_fields__)
     _keys(limits, fields, f"{where}: limits")
@@ -122,7 +130,9 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
         if not isinstance(rule, dict) or not isinstance(rule.get("match"), str):
             raise RecipeError(f"{at}: match is missing, want a pattern over tensor names")
         rules.append((rule["match"], _scheme({k: v for k, v in rule.items() if k != "match"}, at)))
-    return Recipe(str(data["name"]), str(data["description"]), tuple(rules), Limits(**limits))
+    return Recipe(
+        str(data["name"]), str(data["description"]), tuple(rules), Limits(**limits), data.get("factors", False)
+    )
 
 
 def _scheme(rule: dict[str, Any], where: str) -> Scheme:

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-SCHEMA = 2  # the manifests that this module writes
-LEAST_READER = 1  # the oldest reader that understands them: `notes` came with schema 2, and may be ignored
+SCHEMA = 3  # the manifests that this module writes
+LEAST_READER = 1  # the oldest reader that understands them: what came later (ADDED) may be ignored
 MANIFEST = "manifest.json"
 HALF_MANIFEST = ".manifest.json.partial"  # the next manifest of a bundle, until it replaces the present one
 MAX_JSON_BYTES = 64 * 2**20
@@ -20,6 +20,10 @@ Json = dict[str, Any]
 
 class BundleError(ValueError):
     """A bundle that cannot be used or written; the message names the file and what is wrong with it."""
+
+
+# Keys that came later: the schema, and what their absence means in older manifests.
+ADDED: dict[str, tuple[int, Any]] = {"notes": (2, []), "calibration": (3, None)}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,16 @@ class RecipeUsed:
 
     name: str
     tensors: Mapping[str, Json]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The documents by which integers and factors were chosen; `sha256` is FORMAT.md's digest of them."""
+
+    sha256: str
+    documents: int
+    tokens: int  # of prompts and answers
+    tiles: int  # of an image at most
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,7 @@ class Manifest:
     image: ImageLimits
     text: TextLimits
     memory: tuple[MemoryEstimate, ...]
+    calibration: Calibration | None = None
     notes: tuple[str, ...] = ()  # what whoever uses the bundle must know, in sentences
     proof: Proof = Proof("pending", None)
     files: tuple[FileEntry, ...] = ()
@@ -141,7 +156,8 @@ def parse_manifest(content: Json, where: str) -> Manifest:
         raise BundleError(f"{where}: schema {schema} with min_reader {least}, want 1 <= min_reader <= schema")
     if least > SCHEMA:
         raise BundleError(f"{where}: needs a reader of schema {least}, this one knows {SCHEMA}: update smolport")
-    manifest: Manifest = _parse(Manifest, {"notes": []} | content if schema < 2 else content, where)
+    absent = {key: meaning for key, (since, meaning) in ADDED.items() if schema < since}
+    manifest: Manifest = _parse(Manifest, absent | content, where)
     _check(manifest, where)
     return manifest
 
@@ -238,6 +254,9 @@ def _check(manifest: Manifest, where: str) -> None:
                 want(value >= 1, f"{part}.{key}", value, "1 or more")
     for token in (*manifest.text.eos_ids, manifest.text.image_token_id):
         want(0 <= token < manifest.text.vocab, "a token id of text", token, f"0 to {manifest.text.vocab - 1}")
+    if manifest.calibration is not None:
+        hexadecimal = re.fullmatch("[0-9a-f]{64}", manifest.calibration.sha256) is not None
+        want(hexadecimal, "calibration.sha256", manifest.calibration.sha256, "64 hex digits")
     for name, used in manifest.recipe.tensors.items():
         for key, kind in (("scheme", str), ("bits", int)):
             _parse(kind, used.get(key), f"{where}: recipe.tensors.{name}.{key}")

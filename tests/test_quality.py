@@ -23,7 +23,7 @@ from benchmarks.journal import JournalError, open_journal
 from benchmarks.quality import evaluate, item_keys, main, write_report
 from benchmarks.quality_report import cell, report_text
 from benchmarks.systems import Answer, BundleSystem, Decoding, ReferenceSystem, checkpoint_digest
-from export.prove import DataError
+from export.documents import DataError
 from runtimes.bundle import read_bundle
 from runtimes.preprocess import load_image
 from runtimes.runner import EngineError, Floats, InputError
