@@ -7,7 +7,7 @@ STAMP := .venv/.setup-done
 DEMO := build/demo-android build/demo-ios build/demo-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
-TEXTS := MODEL OUT RECIPE CONTEXT BUNDLE IMAGE QUESTION DATA
+TEXTS := MODEL LORA OUT RECIPE CONTEXT BUNDLE IMAGE QUESTION DATA
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
@@ -36,11 +36,11 @@ train: $(STAMP)  ## OUT=folder: train the demo checkpoint anew (hours; goes on w
 	@npm --prefix demo/fonts ci --ignore-scripts --no-audit --no-fund
 	@$(PY) -m demo.train --out="$${OUT:?is missing: the folder of the checkpoint}"
 
-export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [RECIPE=int4] [DATA=documents.jsonl]
-	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${DATA:+--data="$$DATA"}
+export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [DATA=documents.jsonl]
+	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${DATA:+--data="$$DATA"}
 
-export-ios: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [RECIPE=int4] [CONTEXT=2048] [DATA=documents.jsonl]
-	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
+export-ios: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [CONTEXT=2048] [DATA=documents.jsonl]
+	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
 
 verify: $(STAMP)  ## BUNDLE=folder
 	@$(PY) -m runtimes.verify -- "$${BUNDLE:?is missing: the folder of a bundle}"

@@ -27,6 +27,7 @@ def export_android(
     out: Path,
     recipe_name: str = DEFAULT,
     *,
+    lora: str | None = None,
     tiles: int | None = None,
     version: int = 1,
     with_proof: bool = True,
@@ -40,6 +41,7 @@ def export_android(
         model: a folder or a hub id.
         out: the bundle's folder; must not exist.
         recipe_name: a shipped recipe, or the path of a .toml file.
+        lora: a LoRA adapter that is merged into the weights: a folder or a hub id.
         tiles: the token budget that becomes the bundle's default; None keeps the checkpoint's.
         version: the bundle's version, which only grows for one model and recipe.
         with_proof: False leaves the bundle with `proof: pending`, for `python -m export.prove`.
@@ -52,7 +54,7 @@ def export_android(
         In every case nothing is left under `out`.
     """
     with stage_bundle(out) as stage:
-        job = start(model, recipe_name, data, limit)
+        job = start(model, recipe_name, data, limit, lora)
         write_processor_files(job.checkpoint.folder, job.spec, stage, tiles)
         graphs = stage / "onnx"
         graphs.mkdir()
@@ -102,6 +104,7 @@ def main() -> int:
             args.model,
             args.out,
             args.recipe,
+            lora=args.lora,
             tiles=args.tiles,
             version=args.version,
             with_proof=not args.no_proof,

@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from export.checkpoint import Checkpoint, resolve
+from export.checkpoint import ADAPTER_FILES, Checkpoint, resolve
+from export.lora import adapter_digest, open_merged
 from export.prove import DataError, Document, ProofError, peak_rss_bytes, prove, read_data
 from export.spec import CheckpointError, ModelSpec, read_spec
-from export.weights import Weights, open_weights
+from export.weights import WeightSource
 from quantize.recipe import DEFAULT, SHIPPED, Recipe, RecipeError, Scheme, load_recipe
 from runtimes.bundle import write_manifest
 from runtimes.manifest import (
+    AdapterSource,
     BundleError,
     Engine,
     ImageLimits,
@@ -41,9 +43,10 @@ class Job:
 
     checkpoint: Checkpoint
     spec: ModelSpec
-    weights: Weights
+    weights: WeightSource  # an adapter merged in, if there is one
     recipe: Recipe
     documents: Sequence[Document]
+    adapter: AdapterSource | None
     began: float  # time.monotonic()
 
 
@@ -60,8 +63,8 @@ class Exported:
     report: dict[str, Any] | None
 
 
-def start(model: str, recipe_name: str, data: Path | None, limit: int | None) -> Job:
-    """Reads the recipe and the documents, finds the checkpoint and opens it.
+def start(model: str, recipe_name: str, data: Path | None, limit: int | None, lora: str | None) -> Job:
+    """Reads the recipe and the documents, finds the checkpoint and the adapter and opens them.
 
     Raises:
         CheckpointError, RecipeError, DataError: naming what is wrong.
@@ -71,7 +74,10 @@ def start(model: str, recipe_name: str, data: Path | None, limit: int | None) ->
     documents = read_data(data, limit) if data else []
     checkpoint = resolve(model)
     spec = read_spec(checkpoint.folder)
-    return Job(checkpoint, spec, open_weights(checkpoint.folder, spec), recipe, documents, began)
+    adapter = resolve(lora, ADAPTER_FILES, "an adapter") if lora is not None else None
+    weights = open_merged(checkpoint.folder, spec, adapter.folder if adapter else None)
+    source = AdapterSource(adapter.name, adapter.revision, adapter_digest(adapter.folder)) if adapter else None
+    return Job(checkpoint, spec, weights, recipe, documents, source, began)
 
 
 def finish(
@@ -167,6 +173,7 @@ def describe(
         ),
         memory=memory,
         notes=notes,
+        adapter=job.adapter,
     )
 
 
@@ -198,6 +205,7 @@ def parser(prog: str, text: str) -> argparse.ArgumentParser:
     """The arguments that every export takes."""
     command = argparse.ArgumentParser(prog=prog, description=text)
     command.add_argument("--model", required=True, help="a checkpoint folder, or a hub id org/name[@revision]")
+    command.add_argument("--lora", metavar="ADAPTER", help="a PEFT LoRA adapter to merge in: a folder or a hub id")
     command.add_argument("--out", type=Path, required=True, help="the bundle's folder; must not exist")
     command.add_argument(
         "--recipe", default=DEFAULT, help=f"{', '.join(SHIPPED)} or a .toml file (default: %(default)s)"

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from export.checkpoint import resolve
+from export.checkpoint import ADAPTER_FILES, resolve
+from export.lora import open_merged
 from export.smolvlm import matrices
 from export.spec import CheckpointError, ModelSpec, read_spec, tensor_shapes
-from export.weights import Weights, block_tensors, column_tensors, open_weights
+from export.weights import WeightSource, block_tensors, column_tensors
 from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
 from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
 from runtimes.bundle import stage_bundle
@@ -36,7 +37,7 @@ class Dequantized:
         keep: hold the integers, so that a matrix asked for again is not quantized again.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, recipe: Recipe, *, keep: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, weights: WeightSource, recipe: Recipe, *, keep: bool = False) -> None:
         self._weights, self._recipe, self._matrices = weights, recipe, frozenset(matrices(spec))
         self._keep = keep
         self._kept: dict[str, QTensor | ColumnTensor] = {}
@@ -59,14 +60,16 @@ class Dequantized:
         return make(self._weights, [name], scheme)[0]
 
 
-def write_dequantized(folder: Path, recipe: Recipe, out: Path) -> Iterator[str]:
+def write_dequantized(folder: Path, recipe: Recipe, out: Path, adapter: Path | None = None) -> Iterator[str]:
     """Writes the checkpoint of `folder` after `recipe` to `out`, shard by shard; yields each shard's name.
+
+    `adapter` is the folder of a LoRA adapter that is merged into it first.
 
     Raises:
         CheckpointError, BundleError: bad input; `out` exists or cannot be written (nothing is left of it).
     """
     spec = read_spec(folder)
-    weights = open_weights(folder, spec)
+    weights = open_merged(folder, spec, adapter)
     source = Dequantized(spec, weights, recipe)
     with stage_bundle(out) as stage:
         for path in sorted(folder.iterdir()):
@@ -106,11 +109,13 @@ def _shards(spec: ModelSpec) -> Iterator[list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export.dequantized", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    parser.add_argument("--lora", metavar="ADAPTER", help="a PEFT LoRA adapter to merge in: a folder or a hub id")
     parser.add_argument("--recipe", default=DEFAULT, help="a shipped recipe or a .toml file (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     args = parser.parse_args()
     try:
-        for shard in write_dequantized(resolve(args.model).folder, load_recipe(args.recipe), args.out):
+        adapter = resolve(args.lora, ADAPTER_FILES, "an adapter").folder if args.lora is not None else None
+        for shard in write_dequantized(resolve(args.model).folder, load_recipe(args.recipe), args.out, adapter):
             print(f"wrote {shard}", file=sys.stderr)
     except (CheckpointError, RecipeError, BundleError) as exc:
         print(f"error: {exc}", file=sys.stderr)

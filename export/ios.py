@@ -39,6 +39,7 @@ def export_ios(
     out: Path,
     recipe_name: str = DEFAULT,
     *,
+    lora: str | None = None,
     context: int | None = None,
     chunk: int | None = None,
     target: str = "iOS18",
@@ -62,7 +63,7 @@ def export_ios(
     from export.coreml_packages import write_packages
 
     with stage_bundle(out) as stage:
-        job = start(model, recipe_name, data, limit)
+        job = start(model, recipe_name, data, limit, lora)
         most = job.spec.text.max_positions
         context = min(CONTEXT, most) if context is None else context
         if not 2 <= context <= most:
@@ -124,6 +125,7 @@ def main() -> int:
             args.model,
             args.out,
             args.recipe,
+            lora=args.lora,
             context=args.context,
             chunk=args.chunk,
             target=args.target,

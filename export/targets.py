@@ -9,7 +9,7 @@ import numpy as np
 from export.dequantized import Dequantized
 from export.reference import Tensors
 from export.spec import CheckpointError, ModelSpec
-from export.weights import Weights
+from export.weights import WeightSource
 from quantize.int4 import F32
 from quantize.recipe import Recipe
 from runtimes.bundle import Bundle
@@ -47,7 +47,7 @@ class Target:
     elsewhere: float | None
 
 
-def open_target(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
+def open_target(bundle: Bundle, spec: ModelSpec, weights: WeightSource, recipe: Recipe) -> Target:
     """The target of a bundle, by its manifest. Raises BundleError for one that cannot be proven."""
     match bundle.manifest.target:
         case "onnx":
@@ -69,7 +69,7 @@ def need_coremltools() -> None:
         raise CheckpointError(f"Core ML packages need coremltools: pip install '.[ios]' ({where})") from exc
 
 
-def _onnx(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
+def _onnx(bundle: Bundle, spec: ModelSpec, weights: WeightSource, recipe: Recipe) -> Target:
     from export.onnx_graphs import GRAPHS, check_graphs, twin_graph
     from runtimes.ort import OrtRunner
 
@@ -92,7 +92,7 @@ def _onnx(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> 
     )
 
 
-def _coreml(bundle: Bundle, spec: ModelSpec, weights: Weights, recipe: Recipe) -> Target:
+def _coreml(bundle: Bundle, spec: ModelSpec, weights: WeightSource, recipe: Recipe) -> Target:
     need_coremltools()
     from export.coreml_packages import check_packages
     from runtimes.coreml import FOLDER, CoreMLRunner, prefill_chunk

@@ -9,13 +9,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-SCHEMA = 2  # the manifests that this module writes
-LEAST_READER = 1  # the oldest reader that understands them: `notes` came with schema 2, and may be ignored
+SCHEMA = 3  # the manifests that this module writes
+LEAST_READER = 1  # the oldest reader that understands them: what came later (ADDED) may be ignored
 MANIFEST = "manifest.json"
 HALF_MANIFEST = ".manifest.json.partial"  # the next manifest of a bundle, until it replaces the present one
 MAX_JSON_BYTES = 64 * 2**20
 
 Json = dict[str, Any]
+# Keys that came later: the schema, and what their absence means in older manifests.
+ADDED: dict[str, tuple[int, Any]] = {"notes": (2, []), "adapter": (3, None)}
 
 
 class BundleError(ValueError):
@@ -30,6 +32,15 @@ class ModelSource:
     revision: str | None  # the resolved commit
     license: str | None
     architecture: str  # "smolvlm" | "idefics3"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A LoRA adapter that was merged into the weights; `sha256` of its adapter_config.json and tensors, in a row."""
+
+    name: str  # hub id or folder name
+    revision: str | None  # the resolved commit
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,7 @@ class Manifest:
     text: TextLimits
     memory: tuple[MemoryEstimate, ...]
     notes: tuple[str, ...] = ()  # what whoever uses the bundle must know, in sentences
+    adapter: AdapterSource | None = None
     proof: Proof = Proof("pending", None)
     files: tuple[FileEntry, ...] = ()
     payload_digest: str = ""
@@ -141,7 +153,8 @@ def parse_manifest(content: Json, where: str) -> Manifest:
         raise BundleError(f"{where}: schema {schema} with min_reader {least}, want 1 <= min_reader <= schema")
     if least > SCHEMA:
         raise BundleError(f"{where}: needs a reader of schema {least}, this one knows {SCHEMA}: update smolport")
-    manifest: Manifest = _parse(Manifest, {"notes": []} | content if schema < 2 else content, where)
+    absent = {key: meaning for key, (since, meaning) in ADDED.items() if schema < since}
+    manifest: Manifest = _parse(Manifest, absent | content, where)
     _check(manifest, where)
     return manifest
 
@@ -241,6 +254,9 @@ def _check(manifest: Manifest, where: str) -> None:
     for name, used in manifest.recipe.tensors.items():
         for key, kind in (("scheme", str), ("bits", int)):
             _parse(kind, used.get(key), f"{where}: recipe.tensors.{name}.{key}")
+    if manifest.adapter is not None:
+        hexadecimal = re.fullmatch("[0-9a-f]{64}", manifest.adapter.sha256) is not None
+        want(hexadecimal, "adapter.sha256", manifest.adapter.sha256, "64 hex digits")
     seen: set[str] = set()
     for entry in manifest.files:
         want(_safe(entry.path), "a file's path", entry.path, "a relative path below the bundle, with forward slashes")
