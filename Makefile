@@ -12,7 +12,7 @@ $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train export-android export-ios verify ask clean
+.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -35,6 +35,10 @@ check: $(STAMP)  ## format, lint, types
 train: $(STAMP)  ## OUT=folder: train the demo checkpoint anew (hours; goes on where it was stopped)
 	@npm --prefix demo/fonts ci --ignore-scripts --no-audit --no-fund
 	@$(PY) -m demo.train --out="$${OUT:?is missing: the folder of the checkpoint}"
+
+train-adapter: $(STAMP)  ## OUT=folder: train the demo adapter anew (an hour; goes on where it was stopped)
+	@npm --prefix demo/fonts ci --ignore-scripts --no-audit --no-fund
+	@$(PY) -m demo.adapter --out="$${OUT:?is missing: the folder of the adapter}"
 
 export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [DATA=documents.jsonl]
 	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${DATA:+--data="$$DATA"}
