@@ -1,6 +1,6 @@
 """A SmolVLM checkpoint in, a proven INT4 bundle for ONNX Runtime out.
 
-    python -m export.android --model MODEL --out BUNDLE [--recipe int4] [--data documents.jsonl]
+    python -m export.android --model MODEL --out BUNDLE [--lora ADAPTER] [--recipe int4] [--data documents.jsonl]
 
 MODEL is a folder or a hub id (org/name, optionally @revision). The bundle appears under --out when it is
 whole and its proof has passed, not before. Not covered: whether a given phone runs it fast enough.

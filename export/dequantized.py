@@ -1,6 +1,6 @@
 """What a recipe left of the weights, as an ordinary checkpoint for `from_pretrained`.
 
-    python -m export.dequantized MODEL --recipe int4 --out FOLDER
+    python -m export.dequantized MODEL [--lora ADAPTER] --recipe int4 --out FOLDER
 
 Every quantized matrix is replaced by the fp32 values that its integers stand for; everything else is
 as it was. Existing pipelines can evaluate it, and the proof compares the bundle with it.

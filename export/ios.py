@@ -1,6 +1,6 @@
 """A SmolVLM checkpoint in, a proven INT4 bundle for Core ML out.
 
-    python -m export.ios --model MODEL --out BUNDLE [--recipe int4] [--context 2048] [--data documents.jsonl]
+    python -m export.ios --model MODEL --out BUNDLE [--lora ADAPTER] [--recipe int4] [--data documents.jsonl]
 
 MODEL is a folder or a hub id (org/name, optionally @revision). Needs no Mac: the proof executes what was saved. The
 bundle appears under --out when it is whole and its proof has passed, not before. Not covered: what Apple's

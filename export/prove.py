@@ -1,6 +1,6 @@
 """The second phase of an export: proves a written bundle against the untouched Hugging Face model.
 
-    python -m export.prove BUNDLE --model MODEL [--data documents.jsonl]
+    python -m export.prove BUNDLE --model MODEL [--lora ADAPTER] [--data documents.jsonl]
 
 Three errors, never mixed:
   export error       the bundle's fp32-compute twin against the reference with the same dequantized weights

@@ -465,6 +465,17 @@ def test_the_dequantized_checkpoint_has_the_adapter_in_it(adapter: Path, tiny_ch
     assert worst(found, peft_merge(tiny_checkpoint, adapter), tensor_shapes(spec))[0] < 1e-6
 
 
+def test_a_bundle_for_ios_has_the_adapter_in_it_too(
+    bundle: Path, adapter: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("coremltools")
+    from export.ios import export_ios
+
+    made = export_ios(str(tiny_checkpoint), tmp_path / "ios", LOOSE, lora=str(adapter), context=128, with_proof=False)
+    source = read_bundle(bundle, allow_pending=True).manifest.adapter
+    assert read_bundle(made.bundle, allow_pending=True).manifest.adapter == source
+
+
 def test_an_adapter_is_a_folder_or_a_hub_id(adapter: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert resolve(str(adapter), ADAPTER_FILES, "an adapter").folder == adapter
     with pytest.raises(CheckpointError, match="is a file, want an adapter's folder"):
