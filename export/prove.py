@@ -96,7 +96,7 @@ def _document(line: str, folder: Path, where: str) -> Document:
         raise DataError(f"{where}: longer than {MAX_DATA_LINE:,} characters")
     try:
         row = json.loads(line)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise DataError(f"{where}: not JSON: {exc}") from exc
     if not isinstance(row, dict):
         raise DataError(f"{where}: is {type(row).__name__}, want an object")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ class WeightSource(Protocol):
     def __getitem__(self, name: str) -> F32: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def rows(self, name: str, start: int, stop: int) -> F32: ...
+    def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
+        """A matrix in the scheme's format. Raises CheckpointError, naming a tensor that has no fp16 scale."""
 
 
 class Weights(Mapping[str, F32]):
@@ -77,6 +79,10 @@ class Weights(Mapping[str, F32]):
 
     def __getitem__(self, name: str) -> F32:
         return self.rows(name, 0, self.shape(name)[0])
+
+    def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
+        """A matrix in the scheme's format; see `rounded`."""
+        return rounded(self, name, scheme)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._places
@@ -130,29 +136,35 @@ def open_weights(folder: Path, spec: ModelSpec) -> Weights:
 
 
 def block_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -> list[QTensor]:
-    """Matrices quantized by a scheme of format "block". Raises CheckpointError, naming one that has no fp16 scale."""
-    tensors = []
-    for name in names:
-        rows, shape = partial(weights.rows, name), matrix_shape(weights, name)
-        with _naming(name):
-            tensors.append(
-                quantize_blocks(rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric)
-            )
-    return tensors
+    """Matrices by a scheme of format "block". Raises CheckpointError as `WeightSource.quantized`."""
+    return [cast(QTensor, weights.quantized(name, scheme)) for name in names]
 
 
 def column_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -> list[ColumnTensor]:
-    """Matrices quantized by a scheme of format "column". Raises CheckpointError as `block_tensors`."""
-    tensors = []
-    for name in names:
-        rows, shape = partial(weights.rows, name), matrix_shape(weights, name)
-        with _naming(name):
-            tensors.append(quantize_columns(rows, shape, reduced_range=scheme.reduced_range))
-    return tensors
+    """Matrices by a scheme of format "column". Raises CheckpointError as `WeightSource.quantized`."""
+    return [cast(ColumnTensor, weights.quantized(name, scheme)) for name in names]
+
+
+def rounded(weights: WeightSource, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
+    """A matrix quantized weight by weight, which needs no activations.
+
+    Raises:
+        CheckpointError: naming the tensor, if it has no fp16 scale, or if the scheme cannot do without activations.
+    """
+    rows, shape = partial(weights.rows, name), matrix_shape(weights, name)
+    with naming(name):
+        if scheme.format == "column":
+            return quantize_columns(rows, shape, reduced_range=scheme.reduced_range)
+        if scheme.rounding == "gptq":
+            raise ValueError("its rounding is gptq, which needs calibration documents")
+        fit = scheme.rounding == "fitted"
+        return quantize_blocks(
+            rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric, fit=fit
+        )
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Turns a ValueError of the quantizer into a CheckpointError that names the tensor."""
     try:
         yield

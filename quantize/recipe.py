@@ -9,6 +9,7 @@ from typing import Any
 
 SHIPPED = ("fp32", "int8", "int4", "int4-all")
 DEFAULT = "int4"
+ROUNDINGS = ("nearest", "fitted", "gptq")
 
 
 class RecipeError(ValueError):
@@ -21,6 +22,8 @@ class Scheme:
 
     format: "float" (fp32 as it is), "block" (4 or 8 bits, a scale and zero point per block along the
         input width) or "column" (signed 8 bits, a scale per output channel, activations in u8).
+    rounding: of blocks. "nearest" divides a block's range evenly, "fitted" chooses scale and zero point for the least
+        squared error, "gptq" chooses the integers too, by the products' inputs, and needs calibration.
     """
 
     format: str
@@ -28,12 +31,19 @@ class Scheme:
     block: int = 0
     symmetric: bool = False
     reduced_range: bool = False
+    rounding: str = "fitted"
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest's form: only the fields that say something about this format."""
         match self.format:
             case "block":
-                return {"scheme": "block", "bits": self.bits, "block": self.block, "symmetric": self.symmetric}
+                return {
+                    "scheme": "block",
+                    "bits": self.bits,
+                    "block": self.block,
+                    "symmetric": self.symmetric,
+                    "rounding": self.rounding,
+                }
             case "column":
                 return {"scheme": "column", "bits": 8, "reduced_range": self.reduced_range}
         return {"scheme": "float", "bits": 32}
@@ -121,14 +131,17 @@ def _scheme(rule: dict[str, Any], where: str) -> Scheme:
             _keys(rule, {"format"}, where)
             return FLOAT
         case "block":
-            _keys(rule, {"format", "bits", "block", "symmetric"}, where)
+            _keys({"rounding": "fitted"} | rule, {"format", "bits", "block", "symmetric", "rounding"}, where)
             if rule["bits"] not in (4, 8):
                 raise RecipeError(f"{where}: bits is {rule['bits']!r}, want 4 or 8")
             if rule["block"] not in (16, 32, 64, 128, 256):
                 raise RecipeError(f"{where}: block is {rule['block']!r}, want 16, 32, 64, 128 or 256")
             if not isinstance(rule["symmetric"], bool):
                 raise RecipeError(f"{where}: symmetric is {rule['symmetric']!r}, want true or false")
-            return Scheme("block", rule["bits"], rule["block"], rule["symmetric"])
+            rounding = rule.get("rounding", "fitted")
+            if rounding not in ROUNDINGS:
+                raise RecipeError(f"{where}: rounding is {rounding!r}, want {' or '.join(ROUNDINGS)}")
+            return Scheme("block", rule["bits"], rule["block"], rule["symmetric"], rounding=rounding)
         case "column":
             _keys(rule, {"format", "reduced_range"}, where)
             if not isinstance(rule["reduced_range"], bool):

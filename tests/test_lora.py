@@ -26,7 +26,8 @@ from export.lora import PIECE, TENSORS, Adapter, Merged, Update, adapter_digest,
 from export.prove import ProofError, prove, prove_bundle
 from export.spec import CheckpointError, read_spec, tensor_shapes
 from export.weights import F32, Weights, WeightSource, open_weights
-from quantize.recipe import load_recipe
+from quantize.int4 import ColumnTensor, QTensor
+from quantize.recipe import Scheme, load_recipe
 from runtimes.bundle import read_bundle
 from runtimes.manifest import BundleError
 from runtimes.tensorfile import read_header, write_tensors
@@ -382,6 +383,9 @@ class Zeros:
 
     def rows(self, name: str, start: int, stop: int) -> F32:
         return np.zeros((stop - start, self.whole[1]), dtype=np.float32)
+
+    def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
+        raise AssertionError("the base's own integers were asked for")
 
     def __getitem__(self, name: str) -> F32:
         raise AssertionError("the whole matrix was asked for")

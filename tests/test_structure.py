@@ -254,11 +254,20 @@ def test_make_uses_the_default_recipe_and_hands_over_a_named_one(echo: Path) -> 
     assert json.loads(done.stdout) == [*want, "--recipe=int4", "--lora=an adapter", "--data=d.jsonl"]
 
 
-@pytest.mark.parametrize("action", ["ask", "verify", "export-android"])
+def test_make_hands_over_what_quality_is_given_and_nothing_else(echo: Path) -> None:
+    done = make("quality", "BUNDLE=b b", "DATA=d's.json", python=echo)
+    assert json.loads(done.stdout) == ["-m", "benchmarks.quality", "--data=d's.json", "--", "b b"]
+    given = ["MODEL=m", "IMAGES=i", "OUT=o", "ENDPOINT=https://h/v1", "ENDPOINT_MODEL=n $x", "KEY_ENV=K"]
+    done = make("quality", "BUNDLE=b", "DATA=d", *given, python=echo)
+    want = ["--model=m", "--images=i", "--out=o", "--endpoint=https://h/v1", "--endpoint-model=n $x", "--key-env=K"]
+    assert json.loads(done.stdout)[3:] == [*want, "--", "b"]
+
+
+@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality"])
 def test_make_says_what_is_missing(action: str, echo: Path) -> None:
     done = make(action, python=echo)
     assert done.returncode != 0
-    assert re.search(r"\b(MODEL|BUNDLE|IMAGE): is missing", done.stderr)
+    assert re.search(r"\b(MODEL|BUNDLE|IMAGE|DATA): is missing", done.stderr)
 
 
 def test_make_lists_every_action(echo: Path) -> None:
