@@ -109,7 +109,7 @@ def evaluate(
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     result: dict[str, Any] = {"split": split, "grade": grade, "weights_sha256": weights, "tasks": rows}
     if tables or adapter:
-        result |= {"pages": "tables" if tables else "documents"}
+        result |= {"pages": "tables" if tables else "documents", "recipe": "fp32"}
         result |= {"adapter_sha256": adapter_digest(adapter) if adapter else None}
     return result
 
