@@ -141,7 +141,7 @@ def _listed(wanted: Any, modules: Sequence[Module], where: str) -> set[str]:
     """Names of the modules that a list names in full or by their ends, or that a pattern matches."""
     names = [module.name for module in modules]
     if isinstance(wanted, str):
-        return set(_first_match([("fullmatch", wanted)], names, where))
+        return set(_first_match([wanted], names, where))
     if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
         raise CheckpointError(f"{where} is {wanted!r:.120}, want a pattern or a list of names")
     ends = set(wanted)
@@ -158,17 +158,15 @@ def _by_pattern(config: Table, key: str, names: Sequence[str], where: str) -> di
     for pattern, value in patterns.items():
         _number(value, f"{where}{key}.{pattern:.120}", rank=key == "rank_pattern")
     values = list(patterns.values())
-    found = _first_match([("match", rf"(.*\.)?({pattern})$") for pattern in patterns], names, f"{where}{key}", patterns)
+    found = _first_match(list(patterns), names, f"{where}{key}", ends=True)
     return {name: values[index] for name, index in found.items()}
 
 
-def _first_match(
-    tests: Sequence[tuple[str, str]], names: Sequence[str], where: str, patterns: Sequence[str] | Table = ()
-) -> dict[str, int]:
-    """Name -> index of the first test (a function of `re`, a pattern) that matches it."""
-    patterns = patterns or [pattern for _, pattern in tests]
+def _first_match(patterns: Sequence[str], names: Sequence[str], where: str, *, ends: bool = False) -> dict[str, int]:
+    """Name -> index of the first pattern that matches it as a whole, or (`ends`) some last parts of it."""
     if len(patterns) > MAX_PATTERNS:
         raise CheckpointError(f"{where} has {len(patterns):,} patterns, want at most {MAX_PATTERNS:,}")
+    tests = [("match", rf"(.*\.)?({pattern})$") if ends else ("fullmatch", pattern) for pattern in patterns]
     if all(PLAIN.fullmatch(pattern) for pattern in patterns):
         matched = [[bool(getattr(re, how)(pattern, name)) for name in names] for how, pattern in tests]
     else:
