@@ -7,12 +7,12 @@ STAMP := .venv/.setup-done
 DEMO := build/demo-android build/demo-ios build/demo-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
-TEXTS := MODEL OUT RECIPE CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV
+TEXTS := MODEL LORA OUT RECIPE CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train export-android export-ios verify ask quality clean
+.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -36,11 +36,15 @@ train: $(STAMP)  ## OUT=folder: train the demo checkpoint anew (hours; goes on w
 	@npm --prefix demo/fonts ci --ignore-scripts --no-audit --no-fund
 	@$(PY) -m demo.train --out="$${OUT:?is missing: the folder of the checkpoint}"
 
-export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [RECIPE=int4] [DATA=documents.jsonl]
-	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${DATA:+--data="$$DATA"}
+train-adapter: $(STAMP)  ## OUT=folder: train the demo adapter anew (an hour; goes on where it was stopped)
+	@npm --prefix demo/fonts ci --ignore-scripts --no-audit --no-fund
+	@$(PY) -m demo.adapter --out="$${OUT:?is missing: the folder of the adapter}"
 
-export-ios: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [RECIPE=int4] [CONTEXT=2048] [DATA=documents.jsonl]
-	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
+export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [DATA=documents.jsonl]
+	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${DATA:+--data="$$DATA"}
+
+export-ios: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [CONTEXT=2048] [DATA=documents.jsonl]
+	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
 
 verify: $(STAMP)  ## BUNDLE=folder
 	@$(PY) -m runtimes.verify -- "$${BUNDLE:?is missing: the folder of a bundle}"

@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -121,7 +121,7 @@ GLYPHS = CHARACTERS + [f"{colour} {shape}" for colour in COLOURS for shape in SH
 class Turn:
     """A question on a document, its answer, and which of the three tasks it is."""
 
-    task: str  # "line", "field" or "shape"
+    task: str  # "line", "field" or "shape"; of a table "cell" or "column"
     question: str
     answer: str
 
@@ -146,6 +146,9 @@ class Document:
     grade: str
 
 
+Draw = Callable[[str, int, str], Document]  # (split, index, grade)
+
+
 @lru_cache(maxsize=256)  # each holds an open file
 def _font(package: str, name: str, size: int) -> ImageFont.FreeTypeFont:
     web = package.startswith("@")
@@ -161,13 +164,14 @@ def split_of(text: str) -> str:
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
-class _Writer:
+class Writer:
     """Free strings of one split, from one random stream."""
 
     def __init__(self, rng: random.Random, split: str) -> None:
         self.rng, self.split = rng, split
 
     def value(self, kind: str) -> str:
+        """A value of one kind (those of FIELDS, "upper" and "lower") that the split owns."""
         while True:
             text = self._any(kind)
             if split_of(text) == self.split:
@@ -204,7 +208,7 @@ class _Writer:
         return both if len(both) <= budget and self.rng.random() < 0.6 else first
 
 
-class _Sheet:
+class Sheet:
     """A canvas in units (TILE to a tile side), drawn at `scale` pixels a unit."""
 
     def __init__(self, rng: random.Random, width: int, height: int, scale: float, faces: Sequence[Face]) -> None:
@@ -230,6 +234,7 @@ class _Sheet:
             self.draw.rectangle(box, outline=self.ink, width=max(1, round(scale * 0.8)))
 
     def length(self, text: str, size: float) -> float:
+        """The width of a text, in units."""
         return _font(*self.face, max(4, round(size * self.scale))).getlength(text) / self.scale
 
     def fit(self, text: str, size: float, room: float) -> float:
@@ -246,6 +251,13 @@ class _Sheet:
             if character != " ":
                 middle = left + (font.getlength(text[:i]) + font.getlength(text[: i + 1])) / 2
                 self.glyphs.append(Glyph(character, middle / self.pixels[0], centre * self.scale / self.pixels[1]))
+
+    def line(
+        self, ends: tuple[tuple[float, float], tuple[float, float]], colour: tuple[int, int, int], thick: float
+    ) -> None:
+        """Draws a straight line; all in units."""
+        at = [(x * self.scale, y * self.scale) for x, y in ends]
+        self.draw.line(at, fill=colour, width=max(1, round(thick * self.scale)))
 
     def shape(self, name: str, colour: str, x: float, y: float, radius: float) -> None:
         """Draws a shape centred on (x, y); all in units."""
@@ -305,7 +317,7 @@ def _line_turns(lines: list[str]) -> list[Turn]:
     return turns
 
 
-def _rows(rng: random.Random, top: float, height: float, count: int, size: float, free: bool) -> list[float]:
+def line_centres(rng: random.Random, top: float, height: float, count: int, size: float, free: bool) -> list[float]:
     """Centres of `count` lines in a band; `free` lets them wander out of their slots."""
     slot = height / count
     play = max(0.0, slot / 2 - size * 0.62)
@@ -336,8 +348,8 @@ def make_document(
     else:
         width = round(width * rng.uniform(0.9, 1.0))
     faces = faces or (TEST_FONTS if split == "test" else TRAIN_FONTS)
-    sheet = _Sheet(rng, width, height, rng.uniform(1.0, 1.7), faces)
-    writer = _Writer(rng, split)
+    sheet = Sheet(rng, width, height, rng.uniform(1.0, 1.7), faces)
+    writer = Writer(rng, split)
     hard = grade == "hard"
     size = rng.uniform(12, 15.5) if hard else rng.uniform(16, 22)
     turns: list[Turn] = []
@@ -358,7 +370,7 @@ def make_document(
         centres = [
             c
             for b in range(bands)
-            for c in _rows(rng, height / bands * b + 2, height / bands - 4, per_half, size, hard)
+            for c in line_centres(rng, height / bands * b + 2, height / bands - 4, per_half, size, hard)
         ]
         lines: list[str] = []
         if bands == 2:
@@ -384,7 +396,7 @@ def make_document(
         band = rng.randrange(2)  # the half with the shape; the other has lines across the fold
         lines, centres = [], []
         for b in range(2):
-            slots = _rows(rng, height / 2 * b + 2, height / 2 - 4, per_half, size, hard)
+            slots = line_centres(rng, height / 2 * b + 2, height / 2 - 4, per_half, size, hard)
             if b == band:
                 corner = rng.randrange(2)
                 radius = rng.uniform(16, 28)
@@ -407,13 +419,13 @@ def make_document(
             radius = rng.uniform(18, 34)
             x = half * side + rng.uniform(radius + 4, half - radius - 4)
             sheet.shape(shape, colour, x, height / 2 + rng.uniform(-6, 6), radius)
-            put_lines(texts, _rows(rng, 2, height - 4, count, size, hard), 4 + half * (1 - side), half - 8)
+            put_lines(texts, line_centres(rng, 2, height - 4, count, size, hard), 4 + half * (1 - side), half - 8)
         else:
             side, middle = rng.randrange(2), height / 2
             radius = min(rng.uniform(18, 34), middle / 2 - 3)
             x = rng.uniform(radius + 4, width - radius - 4)
             sheet.shape(shape, colour, x, middle * side + middle / 2, radius)
-            put_lines(texts, _rows(rng, middle * (1 - side) + 2, middle - 4, count, size, hard), 4, width - 8)
+            put_lines(texts, line_centres(rng, middle * (1 - side) + 2, middle - 4, count, size, hard), 4, width - 8)
         turns += _line_turns(texts) + _shape_turns(colour, shape)
 
     by_task: dict[str, list[Turn]] = {}
@@ -425,12 +437,12 @@ def make_document(
     return Document(sheet.wear(grade), (first, *rest), tuple(sheet.glyphs), kind, grade)
 
 
-def digest(split: str, count: int, grade: str = "clean") -> str:
+def digest(split: str, count: int, grade: str = "clean", draw: Draw = make_document) -> str:
     """SHA-256 over questions, answers and glyph positions of a split's first documents (not its pixels,
     which may differ in the last bit between FreeType versions)."""
     sha = hashlib.sha256()
     for index in range(count):
-        document = make_document(split, index, grade)
+        document = draw(split, index, grade)
         for turn in document.turns:
             sha.update(f"{turn.task}\t{turn.question}\t{turn.answer}\n".encode())
         for glyph in document.glyphs:
@@ -438,12 +450,12 @@ def digest(split: str, count: int, grade: str = "clean") -> str:
     return sha.hexdigest()
 
 
-def write_documents(split: str, count: int, grade: str, out: Path) -> Iterator[Path]:
+def write_documents(split: str, count: int, grade: str, out: Path, draw: Draw = make_document) -> Iterator[Path]:
     """Writes `count` PNG files and documents.jsonl ({"image", "question", "answer", "task"} a line)."""
     out.mkdir(parents=True, exist_ok=False)
     with (out / "documents.jsonl").open("w", encoding="utf-8") as lines:
         for index in range(count):
-            document = make_document(split, index, grade)
+            document = draw(split, index, grade)
             path = out / f"{index:05d}.png"
             document.image.save(path)
             turn = document.turns[0]

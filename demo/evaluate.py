@@ -1,8 +1,9 @@
 """How well the demo checkpoint, in fp32, reads documents that it has never seen.
 
-    python -m demo.evaluate [--count 1000] [--grade clean] [--checkpoint demo/checkpoint]
+    python -m demo.evaluate [--count 1000] [--grade clean] [--checkpoint demo/checkpoint] [--tables] [--lora ADAPTER]
 
-Answers are generated freely by Hugging Face's own model and compared exactly; intervals are Wilson's, 95 %.
+Answers are generated freely by Hugging Face's own model and compared exactly; intervals are Wilson's, 95 %. With
+--tables it is asked about tables (`demo.tables`), with --lora PEFT merges an adapter into it first.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import torch
 from transformers import SmolVLMForConditionalGeneration
 
 from demo.documents import GRADES, SPLITS, Document, make_document
+from demo.tables import make_table
+from export.lora import adapter_digest
 from runtimes.preprocess import preprocess, read_settings
 from runtimes.prompt import ImagePart, Message, PromptEncoder
 
@@ -35,9 +38,16 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def answers(folder: Path, documents: Sequence[Document], progress: Callable[[str], None]) -> list[str]:
+def answers(
+    folder: Path, documents: Sequence[Document], progress: Callable[[str], None], adapter: Path | None = None
+) -> list[str]:
     """The checkpoint's greedy answer to the first question of each document."""
-    model = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model: Any = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if adapter is not None:
+        import peft  # seconds, and only here
+
+        model = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    model.eval()
     encoder = PromptEncoder.from_folder(folder)
     settings = read_settings(folder / "preprocessor_config.json")
     groups: dict[tuple[int, int], list[tuple[int, list[int], torch.Tensor]]] = defaultdict(list)
@@ -71,11 +81,18 @@ def answers(folder: Path, documents: Sequence[Document], progress: Callable[[str
 
 
 def evaluate(
-    folder: Path, split: str, grade: str, count: int, progress: Callable[[str], None] = lambda _: None
+    folder: Path,
+    split: str,
+    grade: str,
+    count: int,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    tables: bool = False,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
-    """Exact match by task over the first `count` documents of a split, with intervals."""
-    documents = [make_document(split, index, grade) for index in range(count)]
-    found = answers(folder, documents, progress)
+    """Exact match by task over the first `count` documents (or tables) of a split, with intervals."""
+    documents = [make_table(split, i, grade) if tables else make_document(split, i, grade) for i in range(count)]
+    found = answers(folder, documents, progress, adapter)
     right: dict[str, list[bool]] = defaultdict(list)
     for document, answer in zip(documents, found, strict=True):
         turn = document.turns[0]
@@ -90,12 +107,18 @@ def evaluate(
             "interval_95": [round(low, 4), round(high, 4)],
         }
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return {"split": split, "grade": grade, "weights_sha256": weights, "tasks": rows}
+    result: dict[str, Any] = {"split": split, "grade": grade, "weights_sha256": weights, "tasks": rows}
+    if tables or adapter:
+        result |= {"pages": "tables" if tables else "documents", "recipe": "fp32"}
+        result |= {"adapter_sha256": adapter_digest(adapter) if adapter else None}
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--tables", action="store_true", help="ask about tables in place of documents")
+    parser.add_argument("--lora", type=Path, metavar="ADAPTER", help="folder of an adapter to merge in (needs peft)")
     parser.add_argument("--split", choices=sorted(SPLITS), default="test")
     parser.add_argument("--grade", choices=GRADES, action="append", help="may be repeated (default: all)")
     parser.add_argument("--count", type=int, default=1000, help="documents a grade (default: %(default)s)")
@@ -104,7 +127,9 @@ def main() -> int:
     results = []
     for grade in args.grade or GRADES:
         progress = lambda text, grade=grade: print(f"{grade}: {text}", file=sys.stderr, flush=True)  # noqa: E731  # one line
-        results.append(evaluate(args.checkpoint, args.split, grade, args.count, progress))
+        results.append(
+            evaluate(args.checkpoint, args.split, grade, args.count, progress, tables=args.tables, adapter=args.lora)
+        )
         for task, row in results[-1]["tasks"].items():
             low, high = row["interval_95"]
             print(f"{grade:6} {task:6} {row['exact']:7.2%}  ({low:.1%} to {high:.1%}, {row['documents']} documents)")

@@ -24,6 +24,7 @@ CHECKPOINT = HERE / "checkpoint"
 SAMPLE = HERE / "samples" / "form.png"
 QUESTION = "What is the total?"
 DOCUMENTS = 400
+CALIBRATION = 48
 EMULATED = 100  # of them for the iOS bundle, whose programs are executed operation by operation
 
 

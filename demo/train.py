@@ -239,10 +239,8 @@ def collate(rows: list[tuple[np.ndarray, np.ndarray, list[int], list[int]]]) -> 
     }
 
 
-def losses(
-    model: SmolVLMForConditionalGeneration, namer: nn.Linear, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(answer loss, glyph loss, answer token accuracy, glyph accuracy)."""
+def answer_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(answer loss, answer token accuracy, the connector's features [B*N, SEQ_LEN, hidden])."""
     tiles = batch["tiles"].flatten(0, 1).permute(0, 3, 1, 2)  # [B*N, 3, S, S]
     pixels = tiles.float() / 127.5 - 1
     hidden = model.model.vision_model(pixel_values=pixels).last_hidden_state
@@ -254,7 +252,15 @@ def losses(
     asked = labels[:, 1:] != IGNORE  # only the answers pass the head
     logits = model.lm_head(out[:, :-1][asked])
     wanted = labels[:, 1:][asked]
-    answer_loss = nn.functional.cross_entropy(logits, wanted)
+    loss = nn.functional.cross_entropy(logits, wanted)
+    return loss, (logits.argmax(-1) == wanted).float().mean(), features
+
+
+def losses(
+    model: SmolVLMForConditionalGeneration, namer: nn.Linear, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(answer loss, glyph loss, answer token accuracy, glyph accuracy)."""
+    answer_loss, accuracy, features = answer_losses(model, batch)
     glyphs = batch["glyphs"].flatten(0, 1)  # [B*N, SEQ_LEN, subs]
     known = glyphs[..., 0] != IGNORE
     if known.any():
@@ -267,7 +273,7 @@ def losses(
         glyph_accuracy = (named.argmax(-1)[seen] == target[seen]).float().mean()
     else:
         glyph_loss, glyph_accuracy = features.new_zeros(()), features.new_full((), float("nan"))
-    return answer_loss, glyph_loss, (logits.argmax(-1) == wanted).float().mean(), glyph_accuracy
+    return answer_loss, glyph_loss, accuracy, glyph_accuracy
 
 
 def _between(ends: tuple[float, float], step: int, start: int, end: int) -> float:

@@ -1,6 +1,6 @@
 """A SmolVLM checkpoint in, a proven INT4 bundle for ONNX Runtime out.
 
-    python -m export.android --model MODEL --out BUNDLE [--recipe int4] [--data documents.jsonl]
+    python -m export.android --model MODEL --out BUNDLE [--lora ADAPTER] [--recipe int4] [--data documents.jsonl]
 
 MODEL is a folder or a hub id (org/name, optionally @revision). The bundle appears under --out when it is
 whole and its proof has passed, not before. Not covered: whether a given phone runs it fast enough.
@@ -27,6 +27,7 @@ def export_android(
     out: Path,
     recipe_name: str = DEFAULT,
     *,
+    lora: str | None = None,
     tiles: int | None = None,
     version: int = 1,
     with_proof: bool = True,
@@ -42,6 +43,7 @@ def export_android(
         model: a folder or a hub id.
         out: the bundle's folder; must not exist.
         recipe_name: a shipped recipe, or the path of a .toml file.
+        lora: a LoRA adapter that is merged into the weights: a folder or a hub id.
         tiles: the token budget that becomes the bundle's default; None keeps the checkpoint's.
         version: the bundle's version, which only grows for one model and recipe.
         with_proof: False leaves the bundle with `proof: pending`, for `python -m export.prove`.
@@ -56,7 +58,7 @@ def export_android(
         In every case nothing is left under `out`.
     """
     with stage_bundle(out) as stage:
-        job = start(model, recipe_name, data, limit, calibration)
+        job = start(model, recipe_name, data, limit, calibration, lora)
         write_processor_files(job.checkpoint.folder, job.spec, stage, tiles)
         job = calibrated(job, stage, out, work, progress)
         graphs = stage / "onnx"
@@ -107,6 +109,7 @@ def main() -> int:
             args.model,
             args.out,
             args.recipe,
+            lora=args.lora,
             tiles=args.tiles,
             version=args.version,
             with_proof=not args.no_proof,

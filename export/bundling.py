@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from export.calibrate import calibrate, calibration_documents, calibration_prompts, identity
-from export.checkpoint import Checkpoint, resolve
+from export.checkpoint import ADAPTER_FILES, Checkpoint, resolve
 from export.documents import DataError, Document, read_data
+from export.lora import adapter_digest, open_merged
 from export.prove import ProofError, peak_rss_bytes, prove
 from export.spec import CheckpointError, ModelSpec, read_spec
-from export.weights import WeightSource, open_weights
+from export.weights import WeightSource
 from quantize.recipe import DEFAULT, SHIPPED, Recipe, RecipeError, Scheme, load_recipe
 from runtimes.bundle import write_manifest
 from runtimes.manifest import (
+    AdapterSource,
     BundleError,
     Calibration,
     Engine,
@@ -44,9 +46,10 @@ class Job:
 
     checkpoint: Checkpoint
     spec: ModelSpec
-    weights: WeightSource
+    weights: WeightSource  # an adapter merged in, if there is one
     recipe: Recipe
     documents: Sequence[Document]
+    adapter: AdapterSource | None
     calibrating: Sequence[Document]  # those that calibration may use; empty if the recipe needs none
     source: WeightSource  # what is written: `weights`, or what calibration made of them
     calibration: Calibration | None
@@ -66,8 +69,10 @@ class Exported:
     report: dict[str, Any] | None
 
 
-def start(model: str, recipe_name: str, data: Path | None, limit: int | None, calibration: Path | None) -> Job:
-    """Reads the recipe and the documents, finds the checkpoint and opens it.
+def start(
+    model: str, recipe_name: str, data: Path | None, limit: int | None, calibration: Path | None, lora: str | None
+) -> Job:
+    """Reads the recipe and the documents, finds the checkpoint and the adapter and opens them.
 
     Args:
         calibration: documents, which a recipe that is calibrated must have.
@@ -81,8 +86,10 @@ def start(model: str, recipe_name: str, data: Path | None, limit: int | None, ca
     calibrating = calibration_documents(recipe, calibration)
     checkpoint = resolve(model)
     spec = read_spec(checkpoint.folder)
-    weights = open_weights(checkpoint.folder, spec)
-    return Job(checkpoint, spec, weights, recipe, documents, calibrating, weights, None, began)
+    adapter = resolve(lora, ADAPTER_FILES, "an adapter") if lora is not None else None
+    weights = open_merged(checkpoint.folder, spec, adapter.folder if adapter else None)
+    merged = AdapterSource(adapter.name, adapter.revision, adapter_digest(adapter.folder)) if adapter else None
+    return Job(checkpoint, spec, weights, recipe, documents, merged, calibrating, weights, None, began)
 
 
 def calibrated(job: Job, stage: Path, out: Path, work: Path | None, progress: Callable[[str], None]) -> Job:
@@ -94,7 +101,7 @@ def calibrated(job: Job, stage: Path, out: Path, work: Path | None, progress: Ca
     """
     if not job.recipe.calibrated:
         return job
-    model = identity(job.checkpoint.folder)
+    model = identity(job.checkpoint.folder, job.adapter.sha256 if job.adapter else "")
     folder = work or out.with_name(out.name + ".calibration")
     prompts, used = calibration_prompts(stage, job.spec, job.calibrating)
     progress(f"calibration: {used.documents} documents of at most {used.tiles} tiles, kept in {folder}")
@@ -198,6 +205,7 @@ def describe(
         memory=memory,
         calibration=job.calibration,
         notes=notes,
+        adapter=job.adapter,
     )
 
 
@@ -229,6 +237,7 @@ def parser(prog: str, text: str) -> argparse.ArgumentParser:
     """The arguments that every export takes."""
     command = argparse.ArgumentParser(prog=prog, description=text)
     command.add_argument("--model", required=True, help="a checkpoint folder, or a hub id org/name[@revision]")
+    command.add_argument("--lora", metavar="ADAPTER", help="a PEFT LoRA adapter to merge in: a folder or a hub id")
     command.add_argument("--out", type=Path, required=True, help="the bundle's folder; must not exist")
     command.add_argument(
         "--recipe", default=DEFAULT, help=f"{', '.join(SHIPPED)} or a .toml file (default: %(default)s)"

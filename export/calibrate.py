@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -366,9 +367,9 @@ def choose_factors(
     return chosen
 
 
-def identity(folder: Path) -> str:
-    """SHA-256 over a checkpoint's config.json and weights."""
-    sha = hashlib.sha256()
+def identity(folder: Path, adapter: str = "") -> str:
+    """SHA-256 over a checkpoint's config.json and weights, and the digest of an adapter that is merged into them."""
+    sha = hashlib.sha256(adapter.encode())
     for path in sorted([folder / "config.json", *folder.glob("model*.safetensors")]):
         with path.open("rb") as file:
             sha.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
@@ -394,14 +395,14 @@ def calibration_prompts(
     if settings.split and settings.resize:
         budgets += [settings.with_budget(b) for b in sorted(TILE_BUDGETS, reverse=True) if b < settings.max_tiles]
     for budget in budgets:
-        made = [_prompt(document, budget, encoder, spec) for document in documents[:ENOUGH]]
+        made = [_prompt(document, budget, encoder) for document in documents[:ENOUGH]]
         if sum(len(ids) for ids, _, _ in made) <= tokens:
             break
     total = 0
     kept: list[tuple[tuple[int, ...], int, list[npt.NDArray[np.uint8]]]] = []
     sha = hashlib.sha256()
     for number, document in enumerate(documents):
-        one = made[number] if number < len(made) else _prompt(document, budget, encoder, spec)
+        one = made[number] if number < len(made) else _prompt(document, budget, encoder)
         if kept and total + len(one[0]) > tokens:
             break
         total += len(one[0])
@@ -421,7 +422,7 @@ def calibration_prompts(
 
 
 def _prompt(
-    document: Document, settings: ImageSettings, encoder: PromptEncoder, spec: ModelSpec
+    document: Document, settings: ImageSettings, encoder: PromptEncoder
 ) -> tuple[tuple[int, ...], int, list[npt.NDArray[np.uint8]]]:
     """(ids of prompt and answer, where the answer starts, tiles)"""
     parts: tuple[str | ImagePart, ...] = (document.question,)
@@ -454,7 +455,7 @@ def _counted(spec: ModelSpec, what: str, progress: Callable[[str], None]) -> Cal
     return say
 
 
-def _write(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+def _write(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Writes beside, then renames: a file that is there is whole."""
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)

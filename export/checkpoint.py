@@ -1,6 +1,7 @@
 """Where a checkpoint is: a folder, or a model on a Hugging Face hub, of which only what is needed is fetched."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ FILES = (
     "model.safetensors.index.json",
     "README.md",
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 SUBFOLDERS = "*/*"  # onnx/ and the like; FILES' star would match their slash
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 CARD_CHARACTERS = 1 << 16  # of README.md, looked through for the licence
@@ -49,9 +51,10 @@ class Checkpoint:
     license: str | None  # as the model card (README.md) gives it
 
 
-def resolve(model: str) -> Checkpoint:
+def resolve(model: str, files: Sequence[str] = FILES, what: str = "a checkpoint") -> Checkpoint:
     """Finds a checkpoint: a folder, or a hub id `org/name` or `org/name@revision`, fetched if need be.
 
+    `files` are what is fetched of it, by name; with ADAPTER_FILES and `what` = "an adapter" it is a LoRA adapter.
     Without a connection, what the hub client's cache holds of the revision is used, if it is whole.
 
     Raises:
@@ -61,7 +64,7 @@ def resolve(model: str) -> Checkpoint:
     if model and folder.is_dir():
         return Checkpoint(folder, folder.resolve().name, None, _license(folder))
     if model and folder.exists():
-        raise CheckpointError(f"{model}: is a file, want a checkpoint's folder")
+        raise CheckpointError(f"{model}: is a file, want {what}'s folder")
     match = HUB_ID.fullmatch(model)
     if not match or ".." in model:
         raise CheckpointError(
@@ -70,7 +73,7 @@ def resolve(model: str) -> Checkpoint:
     name, revision = match["name"], match["revision"]
     try:
         fetched = Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(FILES), ignore_patterns=[SUBFOLDERS])
+            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=[SUBFOLDERS])
         )
     except GatedRepoError as exc:
         raise CheckpointError(

@@ -1,6 +1,6 @@
 """What a recipe left of the weights, as an ordinary checkpoint for `from_pretrained`.
 
-    python -m export.dequantized MODEL --recipe int4 --out FOLDER
+    python -m export.dequantized MODEL [--lora ADAPTER] --recipe int4 --out FOLDER
 
 Every quantized matrix is replaced by the fp32 values that its integers stand for; everything else is
 as it was. Existing pipelines can evaluate it, and the proof compares the bundle with it.
@@ -10,16 +10,21 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from export.checkpoint import resolve
+from export.calibrate import calibrate, calibration_documents, calibration_prompts, identity
+from export.checkpoint import ADAPTER_FILES, resolve
+from export.documents import DataError
+from export.lora import adapter_digest, open_merged
+from export.processor import write_processor_files
 from export.smolvlm import matrices
 from export.spec import CheckpointError, ModelSpec, read_spec, tensor_shapes
-from export.weights import WeightSource, open_weights
+from export.weights import WeightSource
 from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
 from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
 from runtimes.bundle import stage_bundle
@@ -54,17 +59,20 @@ class Dequantized:
         return dequantize(integers) if isinstance(integers, QTensor) else dequantize_columns(integers)
 
 
-def write_dequantized(folder: Path, recipe: Recipe, out: Path, weights: WeightSource | None = None) -> Iterator[str]:
+def write_dequantized(
+    folder: Path, recipe: Recipe, out: Path, adapter: Path | None = None, calibrated: WeightSource | None = None
+) -> Iterator[str]:
     """Writes the checkpoint of `folder` after `recipe` to `out`, shard by shard; yields each shard's name.
 
     Args:
-        weights: what is quantized; None: the checkpoint's own.
+        adapter: folder of a LoRA adapter that is merged into it first.
+        calibrated: what calibration made of its weights, for a recipe that is calibrated.
 
     Raises:
         CheckpointError, BundleError: bad input; `out` exists or cannot be written (nothing is left of it).
     """
     spec = read_spec(folder)
-    weights = weights or open_weights(folder, spec)
+    weights = calibrated or open_merged(folder, spec, adapter)
     source = Dequantized(spec, weights, recipe)
     with stage_bundle(out) as stage:
         for path in sorted(folder.iterdir()):
@@ -104,13 +112,34 @@ def _shards(spec: ModelSpec) -> Iterator[list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export.dequantized", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    parser.add_argument("--lora", metavar="ADAPTER", help="a PEFT LoRA adapter to merge in: a folder or a hub id")
     parser.add_argument("--recipe", default=DEFAULT, help="a shipped recipe or a .toml file (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--calibration", type=Path, help="documents.jsonl by which a calibrated recipe rounds")
+    parser.add_argument("--work", type=Path, help="where calibration keeps what is done (default: beside OUT)")
     args = parser.parse_args()
     try:
-        for shard in write_dequantized(resolve(args.model).folder, load_recipe(args.recipe), args.out):
+        recipe = load_recipe(args.recipe)
+        calibrating = calibration_documents(recipe, args.calibration)
+        adapter = resolve(args.lora, ADAPTER_FILES, "an adapter").folder if args.lora is not None else None
+        folder, calibrated = resolve(args.model).folder, None
+        if recipe.calibrated:
+            spec = read_spec(folder)
+            with tempfile.TemporaryDirectory() as scratch:
+                write_processor_files(folder, spec, Path(scratch), None)
+                prompts, _ = calibration_prompts(Path(scratch), spec, calibrating)
+            calibrated = calibrate(
+                identity(folder, adapter_digest(adapter) if adapter else ""),
+                spec,
+                open_merged(folder, spec, adapter),
+                recipe,
+                prompts,
+                args.work or args.out.with_name(args.out.name + ".calibration"),
+                lambda text: print(text, file=sys.stderr),
+            )
+        for shard in write_dequantized(folder, recipe, args.out, adapter, calibrated):
             print(f"wrote {shard}", file=sys.stderr)
-    except (CheckpointError, RecipeError, BundleError) as exc:
+    except (CheckpointError, RecipeError, BundleError, DataError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     print(f"checkpoint after recipe {args.recipe} in {args.out}")

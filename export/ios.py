@@ -1,6 +1,6 @@
 """A SmolVLM checkpoint in, a proven INT4 bundle for Core ML out.
 
-    python -m export.ios --model MODEL --out BUNDLE [--recipe int4] [--context 2048] [--data documents.jsonl]
+    python -m export.ios --model MODEL --out BUNDLE [--lora ADAPTER] [--recipe int4] [--data documents.jsonl]
 
 MODEL is a folder or a hub id (org/name, optionally @revision). Needs no Mac: the proof executes what was saved. The
 bundle appears under --out when it is whole and its proof has passed, not before. Not covered: what Apple's
@@ -39,6 +39,7 @@ def export_ios(
     out: Path,
     recipe_name: str = DEFAULT,
     *,
+    lora: str | None = None,
     context: int | None = None,
     chunk: int | None = None,
     target: str = "iOS18",
@@ -64,7 +65,7 @@ def export_ios(
     from export.coreml_packages import write_packages
 
     with stage_bundle(out) as stage:
-        job = start(model, recipe_name, data, limit, calibration)
+        job = start(model, recipe_name, data, limit, calibration, lora)
         most = job.spec.text.max_positions
         context = min(CONTEXT, most) if context is None else context
         if not 2 <= context <= most:
@@ -127,6 +128,7 @@ def main() -> int:
             args.model,
             args.out,
             args.recipe,
+            lora=args.lora,
             context=args.context,
             chunk=args.chunk,
             target=args.target,

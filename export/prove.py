@@ -1,6 +1,6 @@
 """The second phase of an export: proves a written bundle against the untouched Hugging Face model.
 
-    python -m export.prove BUNDLE --model MODEL [--data documents.jsonl]
+    python -m export.prove BUNDLE --model MODEL [--lora ADAPTER] [--data documents.jsonl]
 
 Three errors, never mixed:
   export error       the bundle's fp32-compute twin against the reference with the same dequantized weights
@@ -26,12 +26,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from export.checkpoint import resolve
+from export.calibrate import calibrate, calibration_documents, calibration_prompts, identity
+from export.checkpoint import ADAPTER_FILES, Checkpoint, resolve
 from export.documents import DataError, Document, read_data
+from export.lora import adapter_digest, open_merged
 from export.reference import Reference, reference_ids, reference_pixels, reference_processor
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.targets import open_target
-from export.weights import WeightSource, open_weights
+from export.weights import WeightSource
 from quantize.recipe import Limits, Recipe, RecipeError, load_recipe
 from runtimes.bundle import Bundle, read_bundle, replace_manifest
 from runtimes.manifest import BundleError, Proof
@@ -134,6 +136,7 @@ def prove(
     report = {
         "schema": 1,
         "model": asdict(bundle.manifest.model),
+        "adapter": asdict(bundle.manifest.adapter) if bundle.manifest.adapter else None,
         "recipe": {"name": recipe.name, "limits": asdict(recipe.limits)},
         "payload_digest": bundle.manifest.payload_digest,
         "export_error": _summary(export_error) | {"limit": EXPORT_LIMIT},
@@ -396,8 +399,9 @@ def loss_faults(loss: dict[str, Any], limits: Limits) -> list[str]:
 def report_text(report: dict[str, Any]) -> str:
     """report.md: the same figures as report.json, to be read."""
     export, activation, loss = report["export_error"], report["activation_error"], report["quantization_loss"]
+    with_adapter = f" with the adapter {report['adapter']['name']}" if report["adapter"] else ""
     lines = [
-        f"# Proof of {report['model']['name']}, recipe {report['recipe']['name']}",
+        f"# Proof of {report['model']['name']}{with_adapter}, recipe {report['recipe']['name']}",
         "",
         f"Payload `{report['payload_digest']}`.",
         "",
@@ -445,23 +449,43 @@ def report_text(report: dict[str, Any]) -> str:
 
 
 def prove_bundle(
-    bundle: Bundle, model: str, recipe: Recipe, documents: Sequence[Document], progress: Callable[[str], None]
+    bundle: Bundle,
+    model: str,
+    recipe: Recipe,
+    documents: Sequence[Document],
+    progress: Callable[[str], None],
+    lora: str | None = None,
+    calibration: Path | None = None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
-    """Ends the pending proof of a bundle that was exported without one. Errors as in `prove`."""
+    """Ends the pending proof of a bundle; arguments as for the export that left it so. Errors as in `prove`."""
     checkpoint = resolve(model)
+    adapter = resolve(lora, ADAPTER_FILES, "an adapter") if lora is not None else None
     if bundle.manifest.proof.state != "pending":
         raise BundleError(f"{bundle.folder}: its proof has passed already")
     if bundle.manifest.recipe.name != recipe.name:
         raise RecipeError(f"{bundle.folder}: was made with recipe {bundle.manifest.recipe.name}, not {recipe.name}")
     spec = read_spec(checkpoint.folder)
-    weights = open_weights(checkpoint.folder, spec)
+    weights = open_merged(checkpoint.folder, spec, adapter.folder if adapter else None)
+    _check_adapter(bundle, adapter)
+    source: WeightSource = weights
+    if recipe.calibrated:
+        calibrating = calibration_documents(recipe, calibration)
+        prompts, used = calibration_prompts(bundle.folder, spec, calibrating)
+        if used != bundle.manifest.calibration:
+            raise BundleError(
+                f"{bundle.folder}: was calibrated on {bundle.manifest.calibration}, {calibration} gives {used}"
+            )
+        made = identity(checkpoint.folder, bundle.manifest.adapter.sha256 if bundle.manifest.adapter else "")
+        folder = work or bundle.folder.with_name(bundle.folder.name + ".calibration")
+        source = calibrate(made, spec, weights, recipe, prompts, folder, progress)
     with tempfile.TemporaryDirectory(dir=bundle.folder.parent, prefix=".proof-") as scratch:
         view = Path(scratch)
         for entry in bundle.manifest.files:  # the proof writes beside links to the payload, not into the bundle
             (view / entry.path).parent.mkdir(parents=True, exist_ok=True)
             (view / entry.path).hardlink_to(bundle.folder / entry.path)
         (view / "manifest.json").hardlink_to(bundle.folder / "manifest.json")
-        report = prove(view, checkpoint.folder, spec, weights, recipe, documents, progress)
+        report = prove(view, checkpoint.folder, spec, weights, recipe, documents, progress, source=source)
         for entry in bundle.manifest.files:
             (view / entry.path).unlink()
         (view / "manifest.json").unlink()
@@ -472,12 +496,30 @@ def prove_bundle(
     return report
 
 
+def _check_adapter(bundle: Bundle, adapter: Checkpoint | None) -> None:
+    """Raises BundleError unless the adapter is the one that the bundle was made with."""
+    made = bundle.manifest.adapter
+    if made is None:
+        if adapter is not None:
+            raise BundleError(f"{bundle.folder}: was made without an adapter, not with {adapter.name}")
+    elif adapter is None:
+        raise BundleError(f"{bundle.folder}: was made with the adapter {made.name}: give it too (--lora)")
+    elif (digest := adapter_digest(adapter.folder)) != made.sha256:
+        raise BundleError(
+            f"{bundle.folder}: was made with the adapter {made.name} of sha256 {made.sha256}, "
+            f"{adapter.folder} has {digest}"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export.prove", description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle whose proof is pending")
     parser.add_argument("--model", required=True, help="the checkpoint that it was made from")
+    parser.add_argument("--lora", metavar="ADAPTER", help="the adapter that was merged in, if there was one")
     parser.add_argument("--recipe", help="the recipe file, if it is not a shipped one")
     parser.add_argument("--data", type=Path, help="documents.jsonl (image, question, answer) to measure the loss on")
+    parser.add_argument("--calibration", type=Path, help="the documents that it was calibrated on, if it was")
+    parser.add_argument("--work", type=Path, help="where its calibration was kept (default: beside the bundle)")
     parser.add_argument("--limit", type=int, help="use at most this many documents")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     args = parser.parse_args()
@@ -490,6 +532,9 @@ def main() -> int:
             load_recipe(args.recipe or bundle.manifest.recipe.name),
             read_data(args.data, args.limit) if args.data else [],
             lambda text: print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True),
+            args.lora,
+            args.calibration,
+            args.work,
         )
     except (BundleError, CheckpointError, RecipeError, DataError, ProofError, InputError, EngineError) as exc:
         print(f"error: {exc}", file=sys.stderr)

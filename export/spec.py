@@ -93,7 +93,7 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     path = folder / "config.json"
     if not path.exists() and (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: is a LoRA adapter without its model; merge it first (merge_and_unload)")
+        raise CheckpointError(f"{folder}: is a LoRA adapter; its model is the checkpoint (MODEL), and this is LORA")
     config = read_json(path)
     where = str(path)
     architecture = config.get("model_type")

@@ -111,10 +111,10 @@ def open_weights(folder: Path, spec: ModelSpec) -> Weights:
         hint = ""
         if missing == [HEAD]:
             hint = "; if the head is the embedding, config.json must say so with its own tie_word_embeddings"
-        raise CheckpointError(f"{folder}: lacks {_listed(missing)}{hint}")
+        raise CheckpointError(f"{folder}: lacks {listed(missing)}{hint}")
     extra = [name for name in places if name not in wanted]
     if extra:
-        raise CheckpointError(f"{places[extra[0]][0]}: holds {_listed(extra)}, which the model in config.json has not")
+        raise CheckpointError(f"{places[extra[0]][0]}: holds {listed(extra)}, which the model in config.json has not")
     checked = {name: places[name] for name in wanted}
     if head:
         checked[HEAD], wanted[HEAD] = head, wanted[EMBEDDING]
@@ -210,7 +210,7 @@ def _locate(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
             places[name] = (path, info)
         lacking = [n for n, s in weight_map.items() if s == shard and n not in header]
         if lacking:
-            raise CheckpointError(f"{path}: lacks {_listed(lacking)}, which {INDEX} puts there")
+            raise CheckpointError(f"{path}: lacks {listed(lacking)}, which {INDEX} puts there")
     return places
 
 
@@ -230,6 +230,7 @@ def _equal(weights: Weights, a: str, b: str) -> bool:
     )
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Some names for an error: the first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(f"{name:.120}" for name in names[:3]) + more

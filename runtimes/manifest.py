@@ -16,14 +16,12 @@ HALF_MANIFEST = ".manifest.json.partial"  # the next manifest of a bundle, until
 MAX_JSON_BYTES = 64 * 2**20
 
 Json = dict[str, Any]
+# Keys that came later: the schema, and what their absence means in older manifests.
+ADDED: dict[str, tuple[int, Any]] = {"notes": (2, []), "adapter": (3, None), "calibration": (3, None)}
 
 
 class BundleError(ValueError):
     """A bundle that cannot be used or written; the message names the file and what is wrong with it."""
-
-
-# Keys that came later: the schema, and what their absence means in older manifests.
-ADDED: dict[str, tuple[int, Any]] = {"notes": (2, []), "calibration": (3, None)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,15 @@ class ModelSource:
     revision: str | None  # the resolved commit
     license: str | None
     architecture: str  # "smolvlm" | "idefics3"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A LoRA adapter that was merged into the weights; `sha256` of its adapter_config.json and tensors, in a row."""
+
+    name: str  # hub id or folder name
+    revision: str | None  # the resolved commit
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,7 @@ class Manifest:
     memory: tuple[MemoryEstimate, ...]
     calibration: Calibration | None = None
     notes: tuple[str, ...] = ()  # what whoever uses the bundle must know, in sentences
+    adapter: AdapterSource | None = None
     proof: Proof = Proof("pending", None)
     files: tuple[FileEntry, ...] = ()
     payload_digest: str = ""
@@ -260,6 +268,9 @@ def _check(manifest: Manifest, where: str) -> None:
     for name, used in manifest.recipe.tensors.items():
         for key, kind in (("scheme", str), ("bits", int)):
             _parse(kind, used.get(key), f"{where}: recipe.tensors.{name}.{key}")
+    if manifest.adapter is not None:
+        hexadecimal = re.fullmatch("[0-9a-f]{64}", manifest.adapter.sha256) is not None
+        want(hexadecimal, "adapter.sha256", manifest.adapter.sha256, "64 hex digits")
     seen: set[str] = set()
     for entry in manifest.files:
         want(_safe(entry.path), "a file's path", entry.path, "a relative path below the bundle, with forward slashes")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from runtimes.bundle import Bundle, read_bundle, replace_manifest, stage_bundle, write_manifest
-from runtimes.manifest import MANIFEST, BundleError, FileEntry, Proof, parse_manifest, payload_digest
+from runtimes.manifest import MANIFEST, AdapterSource, BundleError, FileEntry, Proof, parse_manifest, payload_digest
 from tests.fakes import byte_tokenizer, fake_manifest
 
 FILES = {
@@ -229,14 +229,26 @@ def test_an_impossible_value_is_named(part: str, key: str, wrong: object) -> Non
 def test_unknown_keys_are_allowed_and_a_newer_least_reader_is_not() -> None:
     content = json_manifest() | {"schema": 7, "colour": "blue"}
     assert parse_manifest(content, "m.json").schema == 7
-    with pytest.raises(BundleError, match="needs a reader of schema 3"):
-        parse_manifest(content | {"min_reader": 3, "files": "in a way not known yet"}, "m.json")
-    first = {key: value for key, value in content.items() if key != "notes"} | {"schema": 1}
+    with pytest.raises(BundleError, match="needs a reader of schema 4"):
+        parse_manifest(content | {"min_reader": 4, "files": "in a way not known yet"}, "m.json")
+    second = {key: value for key, value in content.items() if key != "adapter"} | {"schema": 2}
+    assert parse_manifest(second, "m.json").adapter is None  # adapter came with schema 3
+    with pytest.raises(BundleError, match="adapter is missing"):
+        parse_manifest(second | {"schema": 3}, "m.json")
+    first = {key: value for key, value in second.items() if key != "notes"} | {"schema": 1}
     assert parse_manifest(first, "m.json").notes == ()  # notes came with schema 2
     with pytest.raises(BundleError, match="notes is missing"):
         parse_manifest(first | {"schema": 2}, "m.json")
     with pytest.raises(BundleError, match="min_reader"):
         parse_manifest(content | {"schema": 1, "min_reader": 0}, "m.json")
+
+
+def test_a_manifest_names_the_adapter_that_was_merged_in() -> None:
+    adapter = {"name": "org/adapter", "revision": "0" * 40, "sha256": "ab" * 32}
+    assert parse_manifest(json_manifest() | {"adapter": adapter}, "m.json").adapter == AdapterSource(**adapter)
+    assert parse_manifest(json_manifest(), "m.json").min_reader == 1  # a reader that knows no adapter runs the bundle
+    with pytest.raises(BundleError, match=r"adapter\.sha256 is 'abc', want 64 hex digits"):
+        parse_manifest(json_manifest() | {"adapter": adapter | {"sha256": "abc"}}, "m.json")
 
 
 @pytest.mark.parametrize(

@@ -173,14 +173,14 @@ class Answer:
     error: str
 
 
-def ask(home: Path, endpoint: str, model: str, **environment: str) -> Answer:
+def ask(home: Path, endpoint: str, model: str, call: str = "resolve(sys.argv[1])", **environment: str) -> Answer:
     """What `resolve` says in a process of its own: the client reads its environment once."""
     code = (
         "import dataclasses, json, sys\n"
-        "from export.checkpoint import resolve\n"
+        "from export.checkpoint import ADAPTER_FILES, resolve\n"
         "from export.spec import CheckpointError\n"
         "try:\n"
-        "    print(json.dumps(dataclasses.asdict(resolve(sys.argv[1])), default=str))\n"
+        f"    print(json.dumps(dataclasses.asdict({call}), default=str))\n"
         "except CheckpointError as exc:\n"
         "    sys.exit(f'refused: {exc}')\n"
     )
@@ -219,6 +219,17 @@ def test_a_hub_id_fetches_only_what_is_needed_and_names_the_commit(
     spec = read_spec(folder)
     weights = open_weights(folder, spec)
     assert weights["model.text_model.norm.weight"].shape == (spec.text.hidden,)
+
+
+def test_of_an_adapter_its_config_and_tensors_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    wanted = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"tensors", "README.md": b"# Card\n"}
+    others = {"model.safetensors": b"x", "optimizer.pt": b"x", "checkpoint-5/adapter_config.json": b"x"}
+    sha = hub.push(wanted | others)
+    answer = ask(tmp_path, hub.url, NAME, 'resolve(sys.argv[1], ADAPTER_FILES, "an adapter")')
+    folder = Path(answer.found["folder"])
+    fetched = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert (answer.found["name"], answer.found["revision"]) == (NAME, sha)
+    assert fetched == wanted
 
 
 def test_a_revision_that_moved_is_fetched_again_and_the_old_commit_stays(

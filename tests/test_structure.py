@@ -250,6 +250,8 @@ def test_make_uses_the_default_recipe_and_hands_over_a_named_one(echo: Path) -> 
     assert json.loads(done.stdout) == [*want, "--recipe=int4"]
     done = make("export-android", "MODEL=m@main", "OUT=o o", "RECIPE=int8", "DATA=d.jsonl", python=echo)
     assert json.loads(done.stdout) == [*want, "--recipe=int8", "--data=d.jsonl"]
+    done = make("export-android", "MODEL=m@main", "OUT=o o", "LORA=an adapter", "DATA=d.jsonl", python=echo)
+    assert json.loads(done.stdout) == [*want, "--recipe=int4", "--lora=an adapter", "--data=d.jsonl"]
 
 
 def test_make_hands_over_what_quality_is_given_and_nothing_else(echo: Path) -> None:
