@@ -83,11 +83,11 @@ def start(
     began = time.monotonic()
     recipe = load_recipe(recipe_name)
     documents = read_data(data, limit) if data else []
-    calibrating = calibration_documents(recipe, calibration)
     checkpoint = resolve(model)
     spec = read_spec(checkpoint.folder)
     adapter = resolve(lora, ADAPTER_FILES, "an adapter") if lora is not None else None
     weights = open_merged(checkpoint.folder, spec, adapter.folder if adapter else None)
+    calibrating = calibration_documents(recipe, calibration)
     merged = AdapterSource(adapter.name, adapter.revision, adapter_digest(adapter.folder)) if adapter else None
     return Job(checkpoint, spec, weights, recipe, documents, merged, calibrating, weights, None, began)
 
@@ -103,7 +103,7 @@ def calibrated(job: Job, stage: Path, out: Path, work: Path | None, progress: Ca
         return job
     model = identity(job.checkpoint.folder, job.adapter.sha256 if job.adapter else "")
     folder = work or out.with_name(out.name + ".calibration")
-    prompts, used = calibration_prompts(stage, job.spec, job.calibrating)
+    prompts, used = calibration_prompts(stage, job.calibrating)
     progress(f"calibration: {used.documents} documents of at most {used.tiles} tiles, kept in {folder}")
     source = calibrate(model, job.spec, job.weights, job.recipe, prompts, folder, progress)
     return replace(job, source=source, calibration=used)

@@ -276,7 +276,11 @@ def calibrate(
             return source
 
         def keep(name: str, tensor: QTensor) -> None:
-            arrays = {"packed": tensor.packed, "scales": tensor.scales, "zeros": tensor.zeros}
+            arrays: dict[str, npt.NDArray[Any]] = {
+                "packed": tensor.packed,
+                "scales": tensor.scales,
+                "zeros": tensor.zeros,
+            }
             _write(integers / f"{name}.safetensors", arrays)
 
         state = folder / "rounding.state"
@@ -377,7 +381,7 @@ def identity(folder: Path, adapter: str = "") -> str:
 
 
 def calibration_prompts(
-    folder: Path, spec: ModelSpec, documents: Sequence[Document], tokens: int = TOKENS
+    folder: Path, documents: Sequence[Document], tokens: int = TOKENS
 ) -> tuple[Prompts, Calibration]:
     """Documents as the model will see them, their answers after them, as many as fit.
 
@@ -496,7 +500,7 @@ def main() -> int:
         weights = open_weights(folder, spec)
         with tempfile.TemporaryDirectory() as scratch:
             write_processor_files(folder, spec, Path(scratch), None)
-            prompts, used = calibration_prompts(Path(scratch), spec, documents, args.tokens)
+            prompts, used = calibration_prompts(Path(scratch), documents, args.tokens)
         progress(f"{used.documents} documents of at most {used.tiles} tiles, {used.tokens} tokens")
         calibrate(identity(folder), spec, weights, recipe, prompts, args.work, progress)
     except (CheckpointError, RecipeError, DataError) as exc:

@@ -127,7 +127,7 @@ def main() -> int:
             spec = read_spec(folder)
             with tempfile.TemporaryDirectory() as scratch:
                 write_processor_files(folder, spec, Path(scratch), None)
-                prompts, _ = calibration_prompts(Path(scratch), spec, calibrating)
+                prompts, _ = calibration_prompts(Path(scratch), calibrating)
             calibrated = calibrate(
                 identity(folder, adapter_digest(adapter) if adapter else ""),
                 spec,

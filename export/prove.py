@@ -471,7 +471,7 @@ def prove_bundle(
     source: WeightSource = weights
     if recipe.calibrated:
         calibrating = calibration_documents(recipe, calibration)
-        prompts, used = calibration_prompts(bundle.folder, spec, calibrating)
+        prompts, used = calibration_prompts(bundle.folder, calibrating)
         if used != bundle.manifest.calibration:
             raise BundleError(
                 f"{bundle.folder}: was calibrated on {bundle.manifest.calibration}, {calibration} gives {used}"
