@@ -1,7 +1,7 @@
 """Many documents at once along their right answers: what another rounding of the weights changes, without an export.
 
 Each answer token's distribution is compared with the full-precision model's; an answer counts as exact where every
-token of it, the end included, is the most likely one: greedy decoding then gives just this answer. Weights alone differ:
+token of it, the end included, is the most likely one: greedy decoding then gives just this answer. Only weights differ,
 activations are in fp32. What a bundle computes is measured by its proof and by `benchmarks.quality`.
 """
 
