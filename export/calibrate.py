@@ -33,7 +33,7 @@ from export.processor import write_processor_files
 from export.smolvlm import EMBED, TEXT, VISION, matrices
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.torch_ops import ROWS, Box, Prompts, Resumption, TorchOps, multiply, run_decoder, run_vision
-from export.weights import WeightSource, matrix_shape, naming, open_weights, rounded
+from export.weights import WeightSource, matrix_shape, naming, open_weights, rounded, uncalibrated
 from quantize.gptq import feedback, quantize_gptq
 from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
 from quantize.recipe import DEFAULT, UNCALIBRATED, Recipe, RecipeError, Scheme, load_recipe
@@ -139,10 +139,7 @@ class Rounding(_Source):
             torch.mm(before[start : start + ROWS], matrix.T, out=out[: len(before)][start : start + ROWS])
         wanted, given = out.chunk(2)
         if any(scheme.rounding == "gptq" for scheme in schemes):
-            cross = torch.zeros(matrix.shape)  # sum of (y - W x) x^T
-            for start in range(0, len(now), ROWS):
-                some = now[start : start + ROWS]
-                cross.addmm_((wanted[start : start + ROWS] - some @ matrix.T).T, some)
+            cross = changed_outputs(matrix, wanted, before, now)
             with naming(names[0]):
                 made = feedback(second_moments(now), damping=damping(len(now), now.shape[1]))
         row = 0
@@ -163,6 +160,25 @@ class Rounding(_Source):
         for start in range(0, len(now), ROWS):
             torch.mm(now[start : start + ROWS], matrix.T, out=given[start : start + ROWS])
         return out
+
+
+def changed_outputs(matrix: Tensor, wanted: Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """Sum over rows of (y - W x) x^T, f32 [N, K], where y = `wanted` were the outputs of inputs `before`, and x is `now`.
+
+    As W sum (x_before - x) x^T where there are more outputs than rows make worthwhile, otherwise as it stands.
+    """
+    (n, k), rows = matrix.shape, len(now)
+    if k * (rows + n) < 2 * n * rows:
+        change = torch.zeros((k, k))
+        for start in range(0, rows, ROWS):
+            part = slice(start, start + ROWS)
+            change.addmm_((before[part] - now[part]).T, now[part])
+        return matrix @ change
+    cross = torch.zeros((n, k))
+    for start in range(0, rows, ROWS):
+        part = slice(start, start + ROWS)
+        cross.addmm_((wanted[part] - now[part] @ matrix.T).T, now[part])
+    return cross
 
 
 def damping(rows: int, inputs: int) -> float:
@@ -197,10 +213,11 @@ class Calibrated:
     Args:
         folded: the weights.
         folder: holds a file for each matrix that was quantized by its inputs.
+        ranges: the smallest and largest input of each matrix whose activations are static.
     """
 
-    def __init__(self, folded: Folded, folder: Path) -> None:
-        self._folded, self._folder = folded, folder
+    def __init__(self, folded: Folded, folder: Path, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self._folded, self._folder, self._ranges = folded, folder, ranges
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -212,6 +229,12 @@ class Calibrated:
 
     def __getitem__(self, name: str) -> F32:
         return self._folded[name]
+
+    def input_range(self, name: str) -> tuple[float, float]:
+        """The smallest and largest input of a matrix. Raises CheckpointError where calibration has not seen it."""
+        if name not in self._ranges:
+            raise uncalibrated(name)
+        return self._ranges[name]
 
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A matrix in the scheme's format. Raises CheckpointError, naming a file that is not what it should be."""
@@ -269,8 +292,12 @@ def calibrate(
     integers = folder / "integers"
     integers.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        chosen = _factors(spec, weights, recipe, prompts, folder, progress) if recipe.factors else []
-        source = Calibrated(Folded(weights, chosen), integers)
+        static = [name for name in matrices(spec) if recipe.scheme(name).activations == "static"]
+        chosen: list[tuple[Fold, F32]] = []
+        ranges: dict[str, tuple[float, float]] = {}
+        if recipe.factors or static:
+            chosen, ranges = _observed(spec, weights, recipe, prompts, static, folder, progress)
+        source = Calibrated(Folded(weights, chosen), integers, ranges)
         quantized = {name for name in matrices(spec) if recipe.scheme(name).rounding == "gptq"}
         if all((integers / f"{name}.safetensors").exists() for name in quantized):
             return source
@@ -300,15 +327,16 @@ def calibrate(
     return source
 
 
-def _factors(
+def _observed(
     spec: ModelSpec,
     weights: WeightSource,
     recipe: Recipe,
     prompts: Prompts,
+    static: Sequence[str],
     folder: Path,
     progress: Callable[[str], None],
-) -> list[tuple[Fold, F32]]:
-    """The first pass and what follows from it; kept in a file."""
+) -> tuple[list[tuple[Fold, F32]], dict[str, tuple[float, float]]]:
+    """The first pass and what follows from it, factors and the ranges of static activations; kept in a file."""
     path = folder / "factors.safetensors"
     every = list(folds(spec))
     if not path.exists():
@@ -325,17 +353,27 @@ def _factors(
         features = run_vision(TorchOps(spec, observed, few, resumption))
         run_decoder(TorchOps(spec, observed, few, resumption, every_row=True), features)
         progress("calibration: choosing factors")
-        chosen = choose_factors(spec, weights, recipe, observed.moments)
+        chosen = choose_factors(spec, weights, recipe, observed.moments) if recipe.factors else []
+        columns = Folded(weights, chosen).columns
+        limits: dict[str, F32] = {}
+        for name in static:
+            seen_there, by = observed.moments[name], columns.get(name, np.ones(1, np.float32))
+            limits[f"range:{name}"] = np.array([(seen_there.low / by).min(), (seen_there.high / by).max()], np.float32)
         found: dict[str, F32] = {"none": np.zeros(0, np.float32)}  # a file holds something
-        _write(path, found | {str(every.index(fold)): factors for fold, factors in chosen})
+        _write(path, found | limits | {str(every.index(fold)): factors for fold, factors in chosen})
         for done in (seen, state):
             done.unlink(missing_ok=True)
     header = read_header(path)
-    return [
+    factors = [
         (fold, np.asarray(read_tensor(path, header[str(i)]), dtype=np.float32))
         for i, fold in enumerate(every)
         if str(i) in header
     ]
+    ranges = {}
+    for name in static:
+        low, high = read_tensor(path, header[f"range:{name}"])
+        ranges[name] = (float(low), float(high))
+    return factors, ranges
 
 
 def choose_factors(

@@ -20,6 +20,7 @@ from export.calibrate import (
     calibrate,
     calibration_documents,
     calibration_prompts,
+    changed_outputs,
     choose_factors,
     damping,
     identity,
@@ -255,6 +256,19 @@ def test_second_moments_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(export.calibrate, "COLUMNS", 7)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((50, 20)).astype(np.float32))
     np.testing.assert_allclose(second_moments(x), (x.T @ x).numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("outputs", "rows"), [(4, 10), (90, 100)])
+def test_changed_outputs_are_the_same_either_way(outputs: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.calibrate, "ROWS", 32)
+    rng = np.random.default_rng(0)
+    matrix, before, now = (
+        torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+        for shape in ((outputs, 20), (rows, 20), (rows, 20))
+    )
+    wanted = before @ matrix.T
+    found = changed_outputs(matrix, wanted, before, now)
+    np.testing.assert_allclose(found, (wanted - now @ matrix.T).T @ now, rtol=1e-3, atol=1e-3)
 
 
 def test_the_fewer_the_rows_the_more_damping() -> None:
