@@ -49,7 +49,7 @@ export-ios: $(STAMP) $(DRAWN)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapte
 
 $(DRAWN): | $(STAMP)  # what a recipe is calibrated on where CALIBRATION names nothing: synthetic documents
 	@rm -rf $@.partial
-	@$(PY) -m demo.documents --split calibration --grade hard --count 64 --out $@.partial
+	@$(PY) -m demo.documents --split calibration --grade mixed --count 192 --out $@.partial
 	@mv $@.partial $@
 
 verify: $(STAMP)  ## BUNDLE=folder
