@@ -5,9 +5,10 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := .venv/.setup-done
 DEMO := build/demo-android build/demo-ios build/demo-documents
+DRAWN := build/calibration
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
-TEXTS := MODEL LORA OUT RECIPE CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV
+TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
@@ -19,9 +20,9 @@ help:  ## list the actions
 
 setup: $(STAMP)  ## .venv with pinned packages (on Linux TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids CUDA)
 
-demo: $(STAMP)  ## export the carried checkpoint to build/demo-android and build/demo-ios, prove them, ask about an image
+demo: $(STAMP) $(DRAWN)  ## export the carried checkpoint to build/demo-android and build/demo-ios, prove them, ask about an image
 	@rm -rf $(DEMO)
-	@$(PY) -m demo.run --out build
+	@$(PY) -m demo.run --out build --calibration $(DRAWN)
 
 test: $(STAMP)  ## run all tests
 	@$(PY) -m pytest
@@ -40,11 +41,16 @@ train-adapter: $(STAMP)  ## OUT=folder: train the demo adapter anew (an hour; go
 	@npm --prefix demo/fonts ci --ignore-scripts --no-audit --no-fund
 	@$(PY) -m demo.adapter --out="$${OUT:?is missing: the folder of the adapter}"
 
-export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [DATA=documents.jsonl]
-	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${DATA:+--data="$$DATA"}
+export-android: $(STAMP) $(DRAWN)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [CALIBRATION=documents.jsonl] [DATA=documents.jsonl]
+	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" --calibration="$${CALIBRATION:-$(DRAWN)}" --work=build/calibrated $${LORA:+--lora="$$LORA"} $${DATA:+--data="$$DATA"}
 
-export-ios: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [CONTEXT=2048] [DATA=documents.jsonl]
-	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
+export-ios: $(STAMP) $(DRAWN)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [CALIBRATION=documents.jsonl] [CONTEXT=2048] [DATA=documents.jsonl]
+	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" --calibration="$${CALIBRATION:-$(DRAWN)}" --work=build/calibrated $${LORA:+--lora="$$LORA"} $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
+
+$(DRAWN): | $(STAMP)  # what a recipe is calibrated on where CALIBRATION names nothing: synthetic documents
+	@rm -rf $@.partial
+	@$(PY) -m demo.documents --split calibration --grade mixed --count 192 --out $@.partial
+	@mv $@.partial $@
 
 verify: $(STAMP)  ## BUNDLE=folder
 	@$(PY) -m runtimes.verify -- "$${BUNDLE:?is missing: the folder of a bundle}"

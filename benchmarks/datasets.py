@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scores import ANNOTATORS
-from export.prove import MAX_DATA_LINE, DataError, read_data
+from export.documents import MAX_DATA_LINE, DataError, read_data
 
 MAX_BYTES = 1 << 30  # of a file read as a whole: a training split of TextVQA has a tenth of it
 FORMATS = "DocVQA's, TextVQA's or ChartQA's JSON, or lines of JSON with image, question and answer"

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from demo.evaluate import wilson
-from export.prove import ANSWER_TOKENS, DataError, Document, greedy, kl_divergence, read_data
+from export.documents import DataError, Document, read_data
+from export.prove import ANSWER_TOKENS, greedy, kl_divergence
 from runtimes.bundle import Bundle, read_bundle
 from runtimes.generate import log_softmax
 from runtimes.manifest import BundleError

@@ -32,7 +32,8 @@ from benchmarks.journal import Journal, JournalError, LogitFile, open_journal
 from benchmarks.quality_report import Given, compare, report_text, summarise
 from benchmarks.scores import METRICS
 from benchmarks.systems import Answer, BundleSystem, Decoding, ReferenceSystem, System
-from export.prove import DataError, kl_divergence
+from export.documents import DataError
+from export.prove import kl_divergence
 from export.spec import CheckpointError
 from runtimes.bundle import read_bundle
 from runtimes.manifest import BundleError

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from export.android import export_android
-from export.prove import DataError, ProofError
+from export.documents import DataError
+from export.prove import ProofError
 from export.spec import CheckpointError
 from quantize.recipe import SHIPPED, RecipeError
 from runtimes.manifest import BundleError

@@ -30,6 +30,7 @@ EMULATED = 100  # of them for the iOS bundle, whose programs are executed operat
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for demo-android and demo-ios")
+    parser.add_argument("--calibration", type=Path, required=True, help="documents by which INT4 is rounded")
     parser.add_argument("--recipe", default="int4", help="default: %(default)s")
     args = parser.parse_args()
     began = time.monotonic()
@@ -42,11 +43,16 @@ def main() -> int:
         say(f"drawing {DOCUMENTS} test documents")
         for _ in write_documents("test", DOCUMENTS, "clean", documents):
             pass
+    work = args.out / "calibrated"
     android = args.out / "demo-android"
     say("Android: ONNX")
-    done = [export_android(str(CHECKPOINT), android, args.recipe, data=documents, progress=say)]
+    done = [
+        export_android(
+            str(CHECKPOINT), android, args.recipe, data=documents, calibration=args.calibration, work=work, progress=say
+        )
+    ]
     if importlib.util.find_spec("coremltools"):
-        done.append(_ios(args.out / "demo-ios", args.recipe, documents, say))
+        done.append(_ios(args.out / "demo-ios", args.recipe, documents, args.calibration, work, say))
     else:
         say("iOS is left out: coremltools has no build for this machine (macOS and Linux on x86-64 have one)")
     answers = []
@@ -76,11 +82,15 @@ def main() -> int:
     return 0
 
 
-def _ios(out: Path, recipe: str, documents: Path, say: Callable[[str], None]) -> Exported:
+def _ios(
+    out: Path, recipe: str, documents: Path, calibration: Path, work: Path, say: Callable[[str], None]
+) -> Exported:
     from export.ios import export_ios  # needs coremltools, which some machines cannot have
 
     say("iOS: Core ML")
-    return export_ios(str(CHECKPOINT), out, recipe, data=documents, limit=EMULATED, progress=say)
+    return export_ios(
+        str(CHECKPOINT), out, recipe, data=documents, limit=EMULATED, calibration=calibration, work=work, progress=say
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from export.bundling import Exported, activation_bytes, describe, finish, parser, run, start, write_config
+from export.bundling import Exported, activation_bytes, calibrated, describe, finish, parser, run, start, write_config
 from export.onnx_graphs import graph_dtypes, graph_file, write_graphs
 from export.onnx_ops import LEAST_ENGINE, OPSETS
 from export.processor import write_processor_files
@@ -33,6 +33,8 @@ def export_android(
     with_proof: bool = True,
     data: Path | None = None,
     limit: int | None = None,
+    calibration: Path | None = None,
+    work: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Writes the bundle of a checkpoint.
@@ -47,6 +49,8 @@ def export_android(
         with_proof: False leaves the bundle with `proof: pending`, for `python -m export.prove`.
         data: documents.jsonl on which the quantization loss is measured.
         limit: use at most this many of them.
+        calibration: documents.jsonl by which a calibrated recipe chooses its integers.
+        work: where calibration keeps what is done, and takes it up again; None: beside the bundle.
 
     Raises:
         CheckpointError, RecipeError, DataError: bad input. BundleError: `out` exists or cannot be written.
@@ -54,11 +58,12 @@ def export_android(
         In every case nothing is left under `out`.
     """
     with stage_bundle(out) as stage:
-        job = start(model, recipe_name, data, limit, lora)
+        job = start(model, recipe_name, data, limit, calibration, lora)
         write_processor_files(job.checkpoint.folder, job.spec, stage, tiles)
+        job = calibrated(job, stage, out, work, progress)
         graphs = stage / "onnx"
         graphs.mkdir()
-        used = write_graphs(graphs, job.spec, job.weights, job.recipe, progress)
+        used = write_graphs(graphs, job.spec, job.source, job.recipe, progress)
         dtypes = graph_dtypes(job.spec, job.recipe)
         external = {graph_file(graph, dtype): 1 for graph, dtype in dtypes.items()}
         loading = {"dtype": dtypes, "use_external_data_format": external}
@@ -110,6 +115,8 @@ def main() -> int:
             with_proof=not args.no_proof,
             data=args.data,
             limit=args.limit,
+            calibration=args.calibration,
+            work=args.work,
             progress=progress,
         )
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from export.calibrate import affordable_tokens, calibrate, calibration_documents, calibration_prompts, identity
 from export.checkpoint import ADAPTER_FILES, Checkpoint, resolve
+from export.documents import DataError, Document, read_data
 from export.lora import adapter_digest, open_merged
-from export.prove import DataError, Document, ProofError, peak_rss_bytes, prove, read_data
+from export.prove import ProofError, peak_rss_bytes, prove
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.weights import WeightSource
 from quantize.recipe import DEFAULT, SHIPPED, Recipe, RecipeError, Scheme, load_recipe
@@ -20,6 +22,7 @@ from runtimes.bundle import write_manifest
 from runtimes.manifest import (
     AdapterSource,
     BundleError,
+    Calibration,
     Engine,
     ImageLimits,
     InstructionSet,
@@ -47,6 +50,9 @@ class Job:
     recipe: Recipe
     documents: Sequence[Document]
     adapter: AdapterSource | None
+    calibrating: Sequence[Document]  # those that calibration may use; empty if the recipe needs none
+    source: WeightSource  # what is written: `weights`, or what calibration made of them
+    calibration: Calibration | None
     began: float  # time.monotonic()
 
 
@@ -63,8 +69,13 @@ class Exported:
     report: dict[str, Any] | None
 
 
-def start(model: str, recipe_name: str, data: Path | None, limit: int | None, lora: str | None) -> Job:
+def start(
+    model: str, recipe_name: str, data: Path | None, limit: int | None, calibration: Path | None, lora: str | None
+) -> Job:
     """Reads the recipe and the documents, finds the checkpoint and the adapter and opens them.
+
+    Args:
+        calibration: documents, which a recipe that is calibrated must have.
 
     Raises:
         CheckpointError, RecipeError, DataError: naming what is wrong.
@@ -76,8 +87,26 @@ def start(model: str, recipe_name: str, data: Path | None, limit: int | None, lo
     spec = read_spec(checkpoint.folder)
     adapter = resolve(lora, ADAPTER_FILES, "an adapter") if lora is not None else None
     weights = open_merged(checkpoint.folder, spec, adapter.folder if adapter else None)
-    source = AdapterSource(adapter.name, adapter.revision, adapter_digest(adapter.folder)) if adapter else None
-    return Job(checkpoint, spec, weights, recipe, documents, source, began)
+    calibrating = calibration_documents(recipe, calibration)
+    merged = AdapterSource(adapter.name, adapter.revision, adapter_digest(adapter.folder)) if adapter else None
+    return Job(checkpoint, spec, weights, recipe, documents, merged, calibrating, weights, None, began)
+
+
+def calibrated(job: Job, stage: Path, out: Path, work: Path | None, progress: Callable[[str], None]) -> Job:
+    """The job with what calibration made of its weights, if its recipe is calibrated.
+
+    Args:
+        stage: holds the processor files of the bundle.
+        work: where what is done is kept; None: beside the bundle.
+    """
+    if not job.recipe.calibrated:
+        return job
+    model = identity(job.checkpoint.folder, job.adapter.sha256 if job.adapter else "")
+    folder = work or out.with_name(out.name + ".calibration")
+    prompts, used = calibration_prompts(stage, job.calibrating, affordable_tokens(job.spec))
+    progress(f"calibration: {used.documents} documents of at most {used.tiles} tiles, kept in {folder}")
+    source = calibrate(model, job.spec, job.weights, job.recipe, prompts, folder, progress)
+    return replace(job, source=source, calibration=used)
 
 
 def finish(
@@ -88,7 +117,9 @@ def finish(
     export_s, peak = time.monotonic() - job.began, peak_rss_bytes()
     report = None
     if with_proof:
-        report = prove(stage, job.checkpoint.folder, job.spec, job.weights, job.recipe, job.documents, progress)
+        report = prove(
+            stage, job.checkpoint.folder, job.spec, job.weights, job.recipe, job.documents, progress, source=job.source
+        )
         manifest = write_manifest(stage, replace(manifest, proof=Proof("passed", "report.json")))
     size = sum(f.size for f in manifest.files if f.role == "payload")
     proof_s = time.monotonic() - job.began - export_s if with_proof else None
@@ -172,6 +203,7 @@ def describe(
             job.spec.image_token_id,
         ),
         memory=memory,
+        calibration=job.calibration,
         notes=notes,
         adapter=job.adapter,
     )
@@ -215,6 +247,8 @@ def parser(prog: str, text: str) -> argparse.ArgumentParser:
     command.add_argument("--no-proof", action="store_true", help="leave the proof pending (python -m export.prove)")
     command.add_argument("--data", type=Path, help="documents.jsonl (image, question, answer) to measure the loss on")
     command.add_argument("--limit", type=int, help="use at most this many documents")
+    command.add_argument("--calibration", type=Path, help="documents.jsonl by which a calibrated recipe rounds")
+    command.add_argument("--work", type=Path, help="where calibration keeps what is done (default: beside the bundle)")
     command.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return command
 

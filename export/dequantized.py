@@ -10,17 +10,21 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.calibrate import affordable_tokens, calibrate, calibration_documents, calibration_prompts, identity
 from export.checkpoint import ADAPTER_FILES, resolve
-from export.lora import open_merged
+from export.documents import DataError
+from export.lora import adapter_digest, open_merged
+from export.processor import write_processor_files
 from export.smolvlm import matrices
 from export.spec import CheckpointError, ModelSpec, read_spec, tensor_shapes
-from export.weights import WeightSource, block_tensors, column_tensors
+from export.weights import WeightSource
 from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
 from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
 from runtimes.bundle import stage_bundle
@@ -49,27 +53,26 @@ class Dequantized:
     def __getitem__(self, name: str) -> F32:
         if not self.in_integers(name):
             return self._weights[name]
-        integers = self._kept[name] if name in self._kept else self._quantized(name)
+        integers = self._kept.get(name) or self._weights.quantized(name, self._recipe.scheme(name))
         if self._keep:
             self._kept[name] = integers
         return dequantize(integers) if isinstance(integers, QTensor) else dequantize_columns(integers)
 
-    def _quantized(self, name: str) -> QTensor | ColumnTensor:
-        scheme = self._recipe.scheme(name)
-        make = column_tensors if scheme.format == "column" else block_tensors
-        return make(self._weights, [name], scheme)[0]
 
-
-def write_dequantized(folder: Path, recipe: Recipe, out: Path, adapter: Path | None = None) -> Iterator[str]:
+def write_dequantized(
+    folder: Path, recipe: Recipe, out: Path, adapter: Path | None = None, calibrated: WeightSource | None = None
+) -> Iterator[str]:
     """Writes the checkpoint of `folder` after `recipe` to `out`, shard by shard; yields each shard's name.
 
-    `adapter` is the folder of a LoRA adapter that is merged into it first.
+    Args:
+        adapter: folder of a LoRA adapter that is merged into it first.
+        calibrated: what calibration made of its weights, for a recipe that is calibrated.
 
     Raises:
         CheckpointError, BundleError: bad input; `out` exists or cannot be written (nothing is left of it).
     """
     spec = read_spec(folder)
-    weights = open_merged(folder, spec, adapter)
+    weights = calibrated or open_merged(folder, spec, adapter)
     source = Dequantized(spec, weights, recipe)
     with stage_bundle(out) as stage:
         for path in sorted(folder.iterdir()):
@@ -112,12 +115,31 @@ def main() -> int:
     parser.add_argument("--lora", metavar="ADAPTER", help="a PEFT LoRA adapter to merge in: a folder or a hub id")
     parser.add_argument("--recipe", default=DEFAULT, help="a shipped recipe or a .toml file (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--calibration", type=Path, help="documents.jsonl by which a calibrated recipe rounds")
+    parser.add_argument("--work", type=Path, help="where calibration keeps what is done (default: beside OUT)")
     args = parser.parse_args()
     try:
+        recipe = load_recipe(args.recipe)
+        calibrating = calibration_documents(recipe, args.calibration)
         adapter = resolve(args.lora, ADAPTER_FILES, "an adapter").folder if args.lora is not None else None
-        for shard in write_dequantized(resolve(args.model).folder, load_recipe(args.recipe), args.out, adapter):
+        folder, calibrated = resolve(args.model).folder, None
+        if recipe.calibrated:
+            spec = read_spec(folder)
+            with tempfile.TemporaryDirectory() as scratch:
+                write_processor_files(folder, spec, Path(scratch), None)
+                prompts, _ = calibration_prompts(Path(scratch), calibrating, affordable_tokens(spec))
+            calibrated = calibrate(
+                identity(folder, adapter_digest(adapter) if adapter else ""),
+                spec,
+                open_merged(folder, spec, adapter),
+                recipe,
+                prompts,
+                args.work or args.out.with_name(args.out.name + ".calibration"),
+                lambda text: print(text, file=sys.stderr),
+            )
+        for shard in write_dequantized(folder, recipe, args.out, adapter, calibrated):
             print(f"wrote {shard}", file=sys.stderr)
-    except (CheckpointError, RecipeError, BundleError) as exc:
+    except (CheckpointError, RecipeError, BundleError, DataError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     print(f"checkpoint after recipe {args.recipe} in {args.out}")

@@ -7,14 +7,14 @@ A factor moves weight from the inputs of a product to its matrix: what SmoothQua
 AWQ (Lin et al., arXiv:2306.00978) do against channels that are much larger than the others.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from export.smolvlm import HEAD, TEXT, VISION
 from export.spec import ModelSpec
-from export.weights import WeightSource, rounded
+from export.weights import WeightSource, rounded, uncalibrated
 from quantize.int4 import F32, ColumnTensor, QTensor
 from quantize.recipe import Scheme
 
@@ -40,7 +40,9 @@ class Fold:
 
     def gathered(self, columns: F32) -> F32:
         """Per column of the readers -> [repeats, C]: what each channel is to each of its uses."""
-        return np.ascontiguousarray(columns.reshape(-1, self.repeats, self.width).swapaxes(0, 1).reshape(self.repeats, -1))
+        return np.ascontiguousarray(
+            columns.reshape(-1, self.repeats, self.width).swapaxes(0, 1).reshape(self.repeats, -1)
+        )
 
 
 def folds(spec: ModelSpec) -> Iterator[Fold]:
@@ -75,11 +77,11 @@ class Folded:
 
     def __init__(self, weights: WeightSource, factors: Sequence[tuple[Fold, F32]]) -> None:
         self._weights = weights
+        self.columns: dict[str, F32] = {}  # by what the columns of a matrix are multiplied, its inputs divided
         self._rows: dict[str, F32] = {}
-        self._columns: dict[str, F32] = {}
         for fold, factor in factors:
-            self._rows |= {name: 1 / factor for name in fold.writers}
-            self._columns |= {name: fold.spread(factor) for name in fold.readers}
+            self._rows |= {name: np.reciprocal(factor) for name in fold.writers}
+            self.columns |= {name: fold.spread(factor) for name in fold.readers}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -90,7 +92,7 @@ class Folded:
         rows = self._weights.rows(name, start, stop)
         if (divided := self._rows.get(name)) is not None:
             rows = rows * divided[start:stop].reshape(-1, *[1] * (rows.ndim - 1))
-        if (multiplied := self._columns.get(name)) is not None:
+        if (multiplied := self.columns.get(name)) is not None:
             rows = rows * multiplied
         return rows
 
@@ -98,7 +100,9 @@ class Folded:
         """A matrix, factors and all, in the scheme's format; see `rounded`."""
         return rounded(self, name, scheme)
 
+    def input_range(self, name: str) -> tuple[float, float]:
+        """Raises CheckpointError: weights alone do not know."""
+        raise uncalibrated(name)
+
     def __getitem__(self, name: str) -> F32:
         return self.rows(name, 0, self.shape(name)[0])
-
-

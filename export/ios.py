@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from export.bundling import Exported, activation_bytes, describe, finish, parser, run, start, write_config
+from export.bundling import Exported, activation_bytes, calibrated, describe, finish, parser, run, start, write_config
 from export.processor import write_processor_files
 from export.spec import CheckpointError, ModelSpec
 from export.targets import need_coremltools
@@ -48,6 +48,8 @@ def export_ios(
     with_proof: bool = True,
     data: Path | None = None,
     limit: int | None = None,
+    calibration: Path | None = None,
+    work: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Writes the bundle of a checkpoint; arguments and errors that are not named here as in `export_android`.
@@ -63,7 +65,7 @@ def export_ios(
     from export.coreml_packages import write_packages
 
     with stage_bundle(out) as stage:
-        job = start(model, recipe_name, data, limit, lora)
+        job = start(model, recipe_name, data, limit, calibration, lora)
         most = job.spec.text.max_positions
         context = min(CONTEXT, most) if context is None else context
         if not 2 <= context <= most:
@@ -72,9 +74,10 @@ def export_ios(
         if not 2 <= chunk <= context:
             raise CheckpointError(f"chunk is {chunk}, want 2 to {context}, the context")
         write_processor_files(job.checkpoint.folder, job.spec, stage, tiles)
+        job = calibrated(job, stage, out, work, progress)
         packages = stage / FOLDER
         packages.mkdir()
-        used = write_packages(packages, job.spec, job.weights, job.recipe, context, chunk, progress)
+        used = write_packages(packages, job.spec, job.source, job.recipe, context, chunk, progress)
         write_config(job, stage, {})
         manifest = describe(
             job,
@@ -134,6 +137,8 @@ def main() -> int:
             with_proof=not args.no_proof,
             data=args.data,
             limit=args.limit,
+            calibration=args.calibration,
+            work=args.work,
             progress=progress,
         )
 

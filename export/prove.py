@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from export.calibrate import affordable_tokens, calibrate, calibration_documents, calibration_prompts, identity
 from export.checkpoint import ADAPTER_FILES, Checkpoint, resolve
+from export.documents import DataError, Document, read_data
 from export.lora import adapter_digest, open_merged
 from export.reference import Reference, reference_ids, reference_pixels, reference_processor
 from export.spec import CheckpointError, ModelSpec, read_spec
@@ -44,73 +46,11 @@ from runtimes.verify import Case, Outputs, Parity, compare, relative_error, repl
 EXPORT_LIMIT = 1e-4  # relative L2 of features and logits, twin against reference
 CASE_TOKENS = 8  # greedy tokens of a golden case
 ANSWER_TOKENS = 32  # at most this many for a document
-MAX_DATA_LINE = 1 << 20
 F32 = npt.NDArray[np.float32]
 
 
 class ProofError(RuntimeError):
     """The bundle is not what its recipe promises; the message names what is over which limit."""
-
-
-class DataError(ValueError):
-    """A documents file that cannot be used; the message names the line and the field."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A question on an image (or on none), with the answers that count as right (none: only compared)."""
-
-    image: Path | None
-    question: str
-    answers: tuple[str, ...]
-    task: str
-
-
-def read_data(path: Path, limit: int | None = None) -> list[Document]:
-    """Reads a JSONL file, or documents.jsonl in a folder.
-
-    A line is {"image": path beside the file or null, "question": text, "answer": text or a list of texts
-    (optional), "task": name (optional)}.
-
-    Raises:
-        DataError: naming the line and the field.
-    """
-    path = path / "documents.jsonl" if path.is_dir() else path
-    documents: list[Document] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(documents) >= limit:
-                    break
-                if line.strip():
-                    documents.append(_document(line, path.parent, f"{path}: line {number}"))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"{path}: cannot be read: {exc}") from exc
-    if not documents:
-        raise DataError(f"{path}: holds no document")
-    return documents
-
-
-def _document(line: str, folder: Path, where: str) -> Document:
-    if len(line) > MAX_DATA_LINE:
-        raise DataError(f"{where}: longer than {MAX_DATA_LINE:,} characters")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise DataError(f"{where}: not JSON: {exc}") from exc
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: is {type(row).__name__}, want an object")
-    image, question, answer = row.get("image"), row.get("question"), row.get("answer", [])
-    if image is not None and not isinstance(image, str):
-        raise DataError(f"{where}: image is {image!r}, want a path or null")
-    if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: question is {question!r}, want a text")
-    answers = [answer] if isinstance(answer, str) else answer
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise DataError(f"{where}: answer is {answer!r}, want a text or a list of texts")
-    if image is not None and not (folder / image).is_file():
-        raise DataError(f"{where}: image {folder / image} does not exist")
-    return Document(folder / image if image else None, question, tuple(answers), str(row.get("task", "all")))
 
 
 def prove(
@@ -121,8 +61,14 @@ def prove(
     recipe: Recipe,
     documents: Sequence[Document],
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    source: WeightSource | None = None,
 ) -> dict[str, Any]:
     """Proves the pending bundle in `folder`; writes cases/, report.json and report.md there.
+
+    Args:
+        weights: the full-precision model.
+        source: what the bundle was made of, where that is not `weights` but what calibration made of them.
 
     Returns:
         The report, as written to report.json.
@@ -136,7 +82,7 @@ def prove(
     encoder = PromptEncoder.from_folder(folder)
     settings = read_settings(folder / "preprocessor_config.json")
 
-    target = open_target(bundle, spec, weights, recipe)
+    target = open_target(bundle, spec, source or weights, recipe)
     progress("weights and graphs, byte for byte")
     if different := target.different():
         raise ProofError("the payload is not what the recipe makes of the checkpoint: " + "; ".join(different[:10]))
@@ -509,8 +455,10 @@ def prove_bundle(
     documents: Sequence[Document],
     progress: Callable[[str], None],
     lora: str | None = None,
+    calibration: Path | None = None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
-    """Ends the pending proof of a bundle that was exported without one. Errors as in `prove`."""
+    """Ends the pending proof of a bundle; arguments as for the export that left it so. Errors as in `prove`."""
     checkpoint = resolve(model)
     adapter = resolve(lora, ADAPTER_FILES, "an adapter") if lora is not None else None
     if bundle.manifest.proof.state != "pending":
@@ -520,13 +468,24 @@ def prove_bundle(
     spec = read_spec(checkpoint.folder)
     weights = open_merged(checkpoint.folder, spec, adapter.folder if adapter else None)
     _check_adapter(bundle, adapter)
+    source: WeightSource = weights
+    if recipe.calibrated:
+        calibrating = calibration_documents(recipe, calibration)
+        prompts, used = calibration_prompts(bundle.folder, calibrating, affordable_tokens(spec))
+        if used != bundle.manifest.calibration:
+            raise BundleError(
+                f"{bundle.folder}: was calibrated on {bundle.manifest.calibration}, {calibration} gives {used}"
+            )
+        made = identity(checkpoint.folder, bundle.manifest.adapter.sha256 if bundle.manifest.adapter else "")
+        folder = work or bundle.folder.with_name(bundle.folder.name + ".calibration")
+        source = calibrate(made, spec, weights, recipe, prompts, folder, progress)
     with tempfile.TemporaryDirectory(dir=bundle.folder.parent, prefix=".proof-") as scratch:
         view = Path(scratch)
         for entry in bundle.manifest.files:  # the proof writes beside links to the payload, not into the bundle
             (view / entry.path).parent.mkdir(parents=True, exist_ok=True)
             (view / entry.path).hardlink_to(bundle.folder / entry.path)
         (view / "manifest.json").hardlink_to(bundle.folder / "manifest.json")
-        report = prove(view, checkpoint.folder, spec, weights, recipe, documents, progress)
+        report = prove(view, checkpoint.folder, spec, weights, recipe, documents, progress, source=source)
         for entry in bundle.manifest.files:
             (view / entry.path).unlink()
         (view / "manifest.json").unlink()
@@ -559,6 +518,8 @@ def main() -> int:
     parser.add_argument("--lora", metavar="ADAPTER", help="the adapter that was merged in, if there was one")
     parser.add_argument("--recipe", help="the recipe file, if it is not a shipped one")
     parser.add_argument("--data", type=Path, help="documents.jsonl (image, question, answer) to measure the loss on")
+    parser.add_argument("--calibration", type=Path, help="the documents that it was calibrated on, if it was")
+    parser.add_argument("--work", type=Path, help="where its calibration was kept (default: beside the bundle)")
     parser.add_argument("--limit", type=int, help="use at most this many documents")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     args = parser.parse_args()
@@ -572,6 +533,8 @@ def main() -> int:
             read_data(args.data, args.limit) if args.data else [],
             lambda text: print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True),
             args.lora,
+            args.calibration,
+            args.work,
         )
     except (BundleError, CheckpointError, RecipeError, DataError, ProofError, InputError, EngineError) as exc:
         print(f"error: {exc}", file=sys.stderr)

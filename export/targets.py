@@ -48,7 +48,11 @@ class Target:
 
 
 def open_target(bundle: Bundle, spec: ModelSpec, weights: WeightSource, recipe: Recipe) -> Target:
-    """The target of a bundle, by its manifest. Raises BundleError for one that cannot be proven."""
+    """The target of a bundle, by its manifest; `weights` is what it was made of, after calibration if there was one.
+
+    Raises:
+        BundleError: for one that cannot be proven.
+    """
     match bundle.manifest.target:
         case "onnx":
             return _onnx(bundle, spec, weights, recipe)

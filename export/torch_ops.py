@@ -31,12 +31,14 @@ class Prompts:
 
     ids: token ids of each prompt and its answer, image tokens in place.
     answer: where the answer starts in each.
+    counts: tiles of each.
     tiles: u8 [N, S, S, 3], the tiles of all images of all prompts in order.
     pixels: makes f32 [n, 3, S, S] of n tiles.
     """
 
     ids: tuple[tuple[int, ...], ...]
     answer: tuple[int, ...]
+    counts: tuple[int, ...]
     tiles: npt.NDArray[np.uint8]
     pixels: Callable[[npt.NDArray[np.uint8]], F32]
 
@@ -47,7 +49,13 @@ class Prompts:
 
     def twice(self) -> "Prompts":
         """All of them, and then all of them again."""
-        return Prompts(self.ids * 2, self.answer * 2, np.concatenate([self.tiles, self.tiles]), self.pixels)
+        tiles = np.concatenate([self.tiles, self.tiles])
+        return Prompts(self.ids * 2, self.answer * 2, self.counts * 2, tiles, self.pixels)
+
+    def first(self, count: int) -> "Prompts":
+        """The first of them."""
+        counts = self.counts[:count]
+        return Prompts(self.ids[:count], self.answer[:count], counts, self.tiles[: sum(counts)], self.pixels)
 
 
 class Tensors(Protocol):
@@ -94,8 +102,9 @@ class Resumption:
     Until the layer that the file names is reached, operations compute nothing. A layer is begun again from its start.
     """
 
-    def __init__(self, path: Path, progress: Callable[[str], None] = lambda _: None) -> None:
-        self._path, self._progress = path, progress
+    def __init__(self, path: Path, arriving: Callable[[str], None] = lambda _: None) -> None:
+        """`arriving` is called with each layer's place before its state is kept."""
+        self._path, self._arriving = path, arriving
         self._target: str | None = None
         if path.exists():
             (self._target,) = (name.removeprefix("at:") for name in read_header(path) if name.startswith("at:"))
@@ -108,7 +117,7 @@ class Resumption:
     def arrive(self, place: str, state: Sequence[Box]) -> None:
         """A layer starts: its state is restored, or written beside and put in place."""
         if self._target is None:
-            self._progress(place)
+            self._arriving(place)
             partial = self._path.with_suffix(".partial")
             partial.unlink(missing_ok=True)
             named = dict(zip(RESTORED, (box.tensor.numpy() for box in state), strict=False))
@@ -128,6 +137,7 @@ class TorchOps:
         tensors: where weights come from.
         prompts: whose tokens and tiles the values belong to.
         resumption: where a layer's state is kept; None: nowhere.
+        every_row: logits of every token, not of those before an answer's tokens alone.
         attended: called with (layer, keys, values), f32 [tokens, G, D], keys rotated; returns what is attended to
             in their place (an 8-bit cache, for instance).
     """
@@ -138,10 +148,12 @@ class TorchOps:
         tensors: Tensors,
         prompts: Prompts,
         resumption: Resumption | None = None,
+        *,
+        every_row: bool = False,
         attended: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = lambda _, k, v: (k, v),
     ) -> None:
         self.spec, self.tensors, self.prompts, self._resumption = spec, tensors, prompts, resumption
-        self._attended = attended
+        self._attended, self._every_row = attended, every_row
         self._lengths = [len(ids) for ids in prompts.ids]
         positions = np.concatenate([np.arange(n) for n in self._lengths])
         self._cos, self._sin = (torch.from_numpy(table[positions])[:, None] for table in rope_tables(spec.text))
@@ -156,7 +168,9 @@ class TorchOps:
     def linear(self, x: Box, weights: Sequence[str], biases: Sequence[str] = ()) -> Box:
         def compute() -> Tensor:
             out = self.tensors.product(weights, x.tensor)
-            return out.add_(torch.from_numpy(np.concatenate([self.tensors.vector(n) for n in biases]))) if biases else out
+            return (
+                out.add_(torch.from_numpy(np.concatenate([self.tensors.vector(n) for n in biases]))) if biases else out
+            )
 
         return self._op(compute)
 
@@ -203,8 +217,7 @@ class TorchOps:
     def silu_gate(self, gate: Box, up: Box) -> Box:
         return self._op(lambda: functional.silu(gate.tensor).mul_(up.tensor))
 
-    def patch_embed(self, pixels: Box, vision: VisionSpec) -> Box:
-        """pixels is not used: tiles are cut from the prompts, some at a time."""
+    def patch_embed(self, pixels: Box, vision: VisionSpec) -> Box:  # noqa: ARG002  # tiles come from the prompts
         at = f"{VISION}.embeddings"
 
         def compute() -> Tensor:
@@ -228,10 +241,11 @@ class TorchOps:
         def compute() -> Tensor:
             out = torch.empty((len(q.tensor), q.tensor.shape[1]))
             for start in range(0, len(out), patches):
-                parts = [
-                    box.tensor[start : start + patches].unflatten(1, (heads, -1)).transpose(0, 1) for box in (q, k, v)
-                ]
-                attended = functional.scaled_dot_product_attention(*(part[None] for part in parts))[0]  # [H, P, D]
+                queries, keys, values = (
+                    box.tensor[start : start + patches].unflatten(1, (heads, -1)).transpose(0, 1)[None]
+                    for box in (q, k, v)
+                )
+                attended = functional.scaled_dot_product_attention(queries, keys, values)[0]  # [H, P, D]
                 out[start : start + patches] = attended.transpose(0, 1).flatten(1)
             return out
 
@@ -250,8 +264,9 @@ class TorchOps:
             start = 0
             for length in self._lengths:
                 one = slice(start, start + length)
+                queries, keys, values = (part[one].transpose(0, 1)[None] for part in (q, k, v))
                 attended = functional.scaled_dot_product_attention(
-                    *(part[one].transpose(0, 1)[None] for part in (q, k, v)), is_causal=True, enable_gqa=True
+                    queries, keys, values, is_causal=True, enable_gqa=True
                 )[0]  # [H, T, D]
                 out[one] = attended.transpose(0, 1).flatten(1)
                 start += length
@@ -274,13 +289,13 @@ class TorchOps:
         )
 
     def last_rows(self, x: Box) -> Box:
-        return self._op(lambda: x.tensor[self.answer_rows()])
+        return x if self._every_row else self._op(lambda: x.tensor[self.answer_rows()])
 
     def answer_rows(self) -> Tensor:
-        """i64, the rows whose next token is one of an answer's."""
+        """i64, the rows whose next token is one of an answer's; of a prompt without one, its last row."""
         rows, start = [], 0
         for length, answer in zip(self._lengths, self.prompts.answer, strict=True):
-            rows.append(np.arange(start + answer - 1, start + length - 1))
+            rows.append(np.arange(start + answer - 1, start + max(answer, length - 1)))
             start += length
         return torch.from_numpy(np.concatenate(rows))
 
@@ -293,7 +308,7 @@ def run_vision(ops: TorchOps) -> Box:
 
 @torch.inference_mode()
 def run_decoder(ops: TorchOps, features: Box) -> F32:
-    """Logits at the answers' tokens, f32 [answer tokens, vocab], features in the place of image tokens."""
+    """Logits at the answers' tokens (or every one), f32 [rows, vocab], features in the place of image tokens."""
 
     def embedded() -> Tensor:
         ids = np.concatenate([np.array(i, dtype=np.int64) for i in ops.prompts.ids])

@@ -38,6 +38,9 @@ class WeightSource(Protocol):
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A matrix in the scheme's format. Raises CheckpointError, naming a tensor that has no fp16 scale."""
 
+    def input_range(self, name: str) -> tuple[float, float]:
+        """The smallest and largest input of a matrix. Raises CheckpointError where calibration has not seen it."""
+
 
 class Weights(Mapping[str, F32]):
     """Tensor name -> its values in float32, read anew each time; any number of threads may read."""
@@ -83,6 +86,10 @@ class Weights(Mapping[str, F32]):
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A matrix in the scheme's format; see `rounded`."""
         return rounded(self, name, scheme)
+
+    def input_range(self, name: str) -> tuple[float, float]:
+        """Raises CheckpointError: weights alone do not know."""
+        raise uncalibrated(name)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._places
@@ -145,6 +152,11 @@ def column_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) 
     return [cast(ColumnTensor, weights.quantized(name, scheme)) for name in names]
 
 
+def uncalibrated(name: str) -> CheckpointError:
+    """The error of a matrix whose inputs nobody has seen."""
+    return CheckpointError(f"{name}: its activations are static, which needs calibration documents")
+
+
 def rounded(weights: WeightSource, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
     """A matrix quantized weight by weight, which needs no activations.
 
@@ -158,9 +170,7 @@ def rounded(weights: WeightSource, name: str, scheme: Scheme) -> QTensor | Colum
         if scheme.rounding == "gptq":
             raise ValueError("its rounding is gptq, which needs calibration documents")
         fit = scheme.rounding == "fitted"
-        return quantize_blocks(
-            rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric, fit=fit
-        )
+        return quantize_blocks(rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric, fit=fit)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ SmoothQuant (arXiv:2211.10438): loud inputs made quieter before they are rounded
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -21,12 +22,16 @@ def powers(factors: F32) -> F32:
     exponents = np.log2(factors)
     exponents = np.rint(exponents - np.median(exponents))
     limit = np.log2(MOST)
-    return np.exp2(np.clip(exponents, -limit, limit)).astype(np.float32)
+    return np.asarray(np.exp2(np.clip(exponents, -limit, limit)), dtype=np.float32)
 
 
 def sampled(count: int) -> slice:
     """Rows of a matrix of `count` on which to try: ROWS of them, evenly spread."""
     return slice(None, None, max(1, count // ROWS))
+
+
+def _rows(matrix: F32, start: int, stop: int) -> F32:
+    return matrix[start:stop]
 
 
 def weight_factors(
@@ -51,7 +56,7 @@ def weight_factors(
         factors = powers(loudness**strength)
         scaled = w * factors
         tensor = quantize_blocks(
-            lambda a, b, scaled=scaled: scaled[a:b],
+            partial(_rows, scaled),
             (w.shape[0], w.shape[1]),
             bits=bits,
             block=block,

@@ -17,7 +17,7 @@ MAX_JSON_BYTES = 64 * 2**20
 
 Json = dict[str, Any]
 # Keys that came later: the schema, and what their absence means in older manifests.
-ADDED: dict[str, tuple[int, Any]] = {"notes": (2, []), "adapter": (3, None)}
+ADDED: dict[str, tuple[int, Any]] = {"notes": (2, []), "adapter": (3, None), "calibration": (3, None)}
 
 
 class BundleError(ValueError):
@@ -49,6 +49,16 @@ class RecipeUsed:
 
     name: str
     tensors: Mapping[str, Json]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The documents by which integers and factors were chosen; `sha256` is FORMAT.md's digest of them."""
+
+    sha256: str
+    documents: int
+    tokens: int  # of prompts and answers
+    tiles: int  # of an image at most
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,7 @@ class Manifest:
     image: ImageLimits
     text: TextLimits
     memory: tuple[MemoryEstimate, ...]
+    calibration: Calibration | None = None
     notes: tuple[str, ...] = ()  # what whoever uses the bundle must know, in sentences
     adapter: AdapterSource | None = None
     proof: Proof = Proof("pending", None)
@@ -251,6 +262,9 @@ def _check(manifest: Manifest, where: str) -> None:
                 want(value >= 1, f"{part}.{key}", value, "1 or more")
     for token in (*manifest.text.eos_ids, manifest.text.image_token_id):
         want(0 <= token < manifest.text.vocab, "a token id of text", token, f"0 to {manifest.text.vocab - 1}")
+    if manifest.calibration is not None:
+        hexadecimal = re.fullmatch("[0-9a-f]{64}", manifest.calibration.sha256) is not None
+        want(hexadecimal, "calibration.sha256", manifest.calibration.sha256, "64 hex digits")
     for name, used in manifest.recipe.tensors.items():
         for key, kind in (("scheme", str), ("bits", int)):
             _parse(kind, used.get(key), f"{where}: recipe.tensors.{name}.{key}")

@@ -53,7 +53,18 @@ def demo_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents to calibrate on, for the carried checkpoint or the tiny one."""
+    from demo.documents import write_documents
+
+    folder = tmp_path_factory.mktemp("calibration") / "documents"
+    for _ in write_documents("calibration", 96, "mixed", folder):
+        pass
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_checkpoint: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its proven int4 bundle, the loss measured on a few documents; do not write into it."""
     from demo.documents import write_documents
     from export.android import export_android
@@ -61,17 +72,29 @@ def demo_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("demo")
     for _ in write_documents("test", 24, "clean", folder / "documents"):
         pass
-    return export_android(str(demo_checkpoint), folder / "bundle", data=folder / "documents").bundle
+    return export_android(
+        str(demo_checkpoint),
+        folder / "bundle",
+        data=folder / "documents",
+        calibration=calibration,
+        work=calibration.parent / "work",
+    ).bundle
 
 
 @pytest.fixture(scope="session")
-def demo_ios_bundle(demo_checkpoint: Path, demo_bundle: Path) -> Path:
+def demo_ios_bundle(demo_checkpoint: Path, calibration: Path, demo_bundle: Path) -> Path:
     """Its proven int4 bundle for Core ML, on the same documents; do not write into it."""
     pytest.importorskip("coremltools")
     from export.ios import export_ios
 
     folder = demo_bundle.parent
-    return export_ios(str(demo_checkpoint), folder / "ios", data=folder / "documents").bundle
+    return export_ios(
+        str(demo_checkpoint),
+        folder / "ios",
+        data=folder / "documents",
+        calibration=calibration,
+        work=calibration.parent / "work",
+    ).bundle
 
 
 # Random weights amplify quantization noise as no trained model does: the tiny bundles use the shipped int4

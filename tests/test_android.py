@@ -43,8 +43,8 @@ def test_a_member_of_the_family_exports_with_rounding_noise_only(name: str, tmp_
 
 
 @pytest.mark.parametrize("recipe", SHIPPED)
-def test_every_shipped_recipe_exports(recipe: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    done = export_android(str(tiny_checkpoint), tmp_path / "bundle", recipe, with_proof=False)
+def test_every_shipped_recipe_exports(recipe: str, tiny_checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    done = export_android(str(tiny_checkpoint), tmp_path / "bundle", recipe, with_proof=False, calibration=calibration)
     bundle = read_bundle(done.bundle, allow_pending=True)
     used = bundle.manifest.recipe.tensors
     bits = {
@@ -56,9 +56,15 @@ def test_every_shipped_recipe_exports(recipe: str, tiny_checkpoint: Path, tmp_pa
             "vision": "model.vision_model.encoder.layers.1.mlp.fc2.weight",
         }.items()
     }
-    want = {"fp32": (32, 32, 32, 32), "int8": (8, 8, 8, 8), "int4": (4, 8, 8, 8), "int4-all": (4, 4, 4, 4)}[recipe]
+    want = {
+        "fp32": (32, 32, 32, 32),
+        "int8": (8, 8, 8, 8),
+        "int4": (4, 8, 8, 8),
+        "int4-quick": (4, 8, 8, 8),
+        "int4-all": (4, 4, 4, 4),
+    }[recipe]
     assert tuple(bits.values()) == want
-    suffix = {"fp32": "", "int8": "_quantized", "int4": "_q4", "int4-all": "_q4"}[recipe]
+    suffix = {"fp32": "", "int8": "_quantized", "int4": "_q4"}.get(recipe, "_q4")
     assert (done.bundle / "onnx" / f"decoder_model_merged{suffix}.onnx").exists()
     runner = OrtRunner(bundle)
     assert np.isfinite(runner.extend(runner.new_cache(), [1, 60, 61])).all()

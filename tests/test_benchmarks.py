@@ -11,7 +11,7 @@ from benchmarks.disagreement import compare_bundles
 from benchmarks.export_cost import measure as export_cost
 from benchmarks.export_cost import table, timed
 from benchmarks.recipe_loss import measure as recipe_loss
-from export.prove import read_data
+from export.documents import read_data
 from runtimes.bundle import read_bundle
 from tests.checkpoints import make_checkpoint
 from tests.conftest import LOOSE

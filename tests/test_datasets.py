@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.datasets import DataSet, read_dataset
-from export.prove import DataError
+from export.documents import DataError
 
 DOCVQA = {
     "dataset_name": "docvqa",

@@ -26,7 +26,7 @@ from demo.documents import (
 )
 from demo.evaluate import evaluate, wilson
 from demo.run import QUESTION, SAMPLE
-from export.prove import read_data
+from export.documents import read_data
 from runtimes.ask import ask
 from runtimes.preprocess import preprocess, read_settings
 

@@ -21,7 +21,7 @@ from export.prove import ProofError, prove
 from export.spec import CheckpointError, read_spec
 from export.weights import open_weights
 from quantize.int4 import unpack
-from quantize.recipe import SHIPPED, load_recipe
+from quantize.recipe import SHIPPED, Scheme, load_recipe
 from runtimes.blobfile import read_blob, read_blobs
 from runtimes.bundle import Bundle, read_bundle, write_manifest
 from runtimes.coreml import CoreMLRunner, Executed
@@ -87,9 +87,13 @@ def test_a_member_of_the_family_exports_with_rounding_noise_only(name: str, tmp_
 
 
 @pytest.mark.parametrize("recipe", SHIPPED)
-def test_every_shipped_recipe_exports(recipe: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    bundle = export_ios(str(tiny_checkpoint), tmp_path / "ios", recipe, **SMALL, with_proof=False).bundle
-    android = export_android(str(tiny_checkpoint), tmp_path / "android", recipe, with_proof=False).bundle
+def test_every_shipped_recipe_exports(recipe: str, tiny_checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    bundle = export_ios(
+        str(tiny_checkpoint), tmp_path / "ios", recipe, **SMALL, with_proof=False, calibration=calibration
+    ).bundle
+    android = export_android(
+        str(tiny_checkpoint), tmp_path / "android", recipe, with_proof=False, calibration=calibration
+    ).bundle
     used = read_bundle(bundle, allow_pending=True).manifest.recipe.tensors
     assert used == read_bundle(android, allow_pending=True).manifest.recipe.tensors
     assert_same_integers(android, bundle)
@@ -343,6 +347,12 @@ def norm_package(folder: Path, weight: Any, eps: float) -> Any:
 
         def rows(self, name: str, start: int, stop: int) -> Any:
             return weight[start:stop]
+
+        def quantized(self, name: str, scheme: Scheme) -> Any:
+            raise NotImplementedError
+
+        def input_range(self, name: str) -> tuple[float, float]:
+            raise NotImplementedError
 
     (folder / WEIGHTS).parent.mkdir(parents=True)
     file = WeightFile(folder / WEIGHTS)

@@ -19,8 +19,9 @@ import runtimes.preprocess
 import runtimes.verify
 from export.android import export_android
 from export.dequantized import write_dequantized
+from export.documents import DataError, read_data
 from export.onnx_ops import stored_index
-from export.prove import DataError, ProofError, paired_exact, prove, read_data
+from export.prove import ProofError, paired_exact, prove
 from export.reference import Reference
 from export.spec import read_spec
 from export.weights import open_weights
@@ -164,9 +165,11 @@ def test_verify_sees_a_case_of_another_model(tiny_bundle: Path, tmp_path: Path) 
         shutil.rmtree(folder)
 
 
-def test_activations_with_outliers_that_cost_answers_are_over_the_limit(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_activations_with_outliers_that_cost_answers_are_over_the_limit_or_evened_out(
+    demo_checkpoint: Path, calibration: Path, tmp_path: Path
+) -> None:
     """Two channels after each norm of the vision tower 64 times as large, the columns that read them as much smaller:
-    the same function, but one scale a tensor no longer does for its activations."""
+    the same function, but one scale a tensor no longer does for its activations. Calibration finds the factors."""
     checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "checkpoint")
     weights = {name: t.float() for name, t in load_file(checkpoint / "model.safetensors").items()}
     for i in range(read_spec(checkpoint).vision.layers):
@@ -180,9 +183,12 @@ def test_activations_with_outliers_that_cost_answers_are_over_the_limit(demo_che
                     weights[f"{at}.{matrix}.weight"][:, channel] /= 64
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ProofError, match=r"activation error: case .* relative error of image features") as refused:
-        export_android(str(checkpoint), tmp_path / "bundle")
+        export_android(str(checkpoint), tmp_path / "bundle", "int4-quick")
     assert "export error" not in str(refused.value)
     assert "RECIPE=mine.toml" in str(refused.value)
+    evened = export_android(str(checkpoint), tmp_path / "bundle", "int4", calibration=calibration)
+    assert evened.report is not None
+    assert evened.report["activation_error"]["features_error"] < 0.05
 
 
 def test_a_replay_elsewhere_may_differ_twice_as_much_as_the_proof_did(tiny_bundle: Path) -> None:

@@ -21,9 +21,10 @@ from benchmarks.datasets import DataSet, Item
 from benchmarks.endpoint import MAX_BODY, MAX_WAIT_S, SHOWN, Endpoint, EndpointError
 from benchmarks.journal import JournalError, open_journal
 from benchmarks.quality import evaluate, item_keys, main, write_report
-from benchmarks.quality_report import cell, report_text
+from benchmarks.quality_report import Given, cell, compare, report_text
+from benchmarks.scores import exact_interval, mean_interval
 from benchmarks.systems import Answer, BundleSystem, Decoding, ReferenceSystem, checkpoint_digest
-from export.prove import DataError
+from export.documents import DataError
 from runtimes.bundle import read_bundle
 from runtimes.preprocess import load_image
 from runtimes.runner import EngineError, Floats, InputError
@@ -79,6 +80,9 @@ def test_planted_losses_are_found_and_the_interval_leaves_out_0(tmp_path: Path) 
     assert against["scores"]["all"]["sign_test_p"] < 0.001
     assert [one["item"] for one in against["lost"]] == [str(i) for i in range(12)]
     assert against["answers_equal"]["mean"] == 0.88
+    assert against["answers_equal"]["interval"] == "Wilson"
+    most = exact_interval(12, 100)[1]
+    assert f"| 12 / 0 | 12 / 0 | {most:.2%} |" in report_text(report)
     # KL of softmax([3, 0 x 10]) from softmax([2, 0 x 10]), by its definition
     p, q = np.exp(3) / (np.exp(3) + 10), np.exp(2) / (np.exp(2) + 10)
     want = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
@@ -86,6 +90,19 @@ def test_planted_losses_are_found_and_the_interval_leaves_out_0(tmp_path: Path) 
     assert against["kl"]["mean"] == pytest.approx(want, rel=1e-6)
     assert against["kl"]["interval_95"] == pytest.approx([want, want], rel=1e-6)
     assert against["top1"] == {"rate": 1.0, "interval_95": [1.0, 1.0]}
+
+
+def test_divergences_are_averaged_over_tokens_and_drawn_by_document() -> None:
+    data, documents = questions(6), [0, 0, 1, 1, 2, 2]
+    divergences = [(0.1,), (0.2, 0.4), (0.0, 0.0, 0.3), (1.0,), (0.5, 0.5), (0.05,)]
+    found = [Given("x", False, kl, (True,) + (False,) * (len(kl) - 1)) for kl in divergences]
+    row = compare(data, [Given("x")] * 6, found, documents)
+    sums, counts = [sum(kl) for kl in divergences], [float(len(kl)) for kl in divergences]
+    assert row["tokens"] == 10
+    assert row["kl"]["mean"] == pytest.approx(sum(sums) / 10)
+    assert row["kl"]["interval_95"] == list(mean_interval(sums, counts, documents))
+    assert row["top1"]["rate"] == 0.6
+    assert row["top1"]["interval_95"] == list(mean_interval([1.0] * 6, counts, documents))
 
 
 def test_an_identical_system_loses_nothing(tmp_path: Path) -> None:

@@ -242,6 +242,11 @@ def test_a_document_is_worse_or_better_once_however_many_questions_it_has() -> N
     assert paired["worse_rate_interval_95"] == list(exact_interval(2, 3))
 
 
+def test_documents_without_a_question_of_the_task_are_not_drawn() -> None:
+    values = list(np.random.default_rng(4).random(20))
+    assert mean_interval(values, [1.0] * 20, range(0, 100, 5)) == mean_interval(values, [1.0] * 20, range(20))
+
+
 def test_a_mean_over_tokens_counts_every_token() -> None:
     low, high = mean_interval([10.0, 0.0], [100.0, 1.0], [0, 1])
     assert (low, high) == (0.0, 0.1)  # either document twice; both: 10 / 101

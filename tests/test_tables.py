@@ -18,8 +18,8 @@ from demo.tables import LONGEST, make_table
 from demo.train import IGNORE, answer_losses
 from export.adapter_config import CONFIG
 from export.android import export_android
+from export.documents import read_data
 from export.lora import TENSORS, adapter_digest, open_adapter
-from export.prove import read_data
 from export.spec import read_spec
 from runtimes.ask import ask
 from runtimes.bundle import read_bundle
@@ -177,7 +177,15 @@ def test_the_int4_bundle_with_the_adapter_reads_tables(demo_checkpoint: Path, tm
     count = 24
     for _ in write_documents("test", count, "clean", tmp_path / "tables", make_table):
         pass
-    made = export_android(str(demo_checkpoint), tmp_path / "bundle", lora=str(ADAPTER), data=tmp_path / "tables")
+    for _ in write_documents("calibration", 48, "mixed", tmp_path / "calibration", make_table):
+        pass
+    made = export_android(
+        str(demo_checkpoint),
+        tmp_path / "bundle",
+        lora=str(ADAPTER),
+        data=tmp_path / "tables",
+        calibration=tmp_path / "calibration",
+    )
     assert made.report is not None
     assert made.report["quantization_loss"]["exact"]["all"]["bundle"] >= 0.6
     right = 0
