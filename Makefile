@@ -5,9 +5,11 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := .venv/.setup-done
 DEMO := build/demo-android build/demo-ios build/demo-documents
+DRAWN := build/calibration
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
-TEXTS := MODEL LORA OUT RECIPE CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV CALIBRATION MAX_SIZE MAX_LOSS GROUPS LIMIT WORK PLOT
+TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
@@ -19,9 +21,9 @@ help:  ## list the actions
 
 setup: $(STAMP)  ## .venv with pinned packages (on Linux TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids CUDA)
 
-demo: $(STAMP)  ## export the carried checkpoint to build/demo-android and build/demo-ios, prove them, ask about an image
+demo: $(STAMP) $(DRAWN)  ## export the carried checkpoint to build/demo-android and build/demo-ios, prove them, ask about an image
 	@rm -rf $(DEMO)
-	@$(PY) -m demo.run --out build
+	@$(PY) -m demo.run --out build --calibration $(DRAWN)
 
 test: $(STAMP)  ## run all tests
 	@$(PY) -m pytest
@@ -40,11 +42,16 @@ train-adapter: $(STAMP)  ## OUT=folder: train the demo adapter anew (an hour; go
 	@npm --prefix demo/fonts ci --ignore-scripts --no-audit --no-fund
 	@$(PY) -m demo.adapter --out="$${OUT:?is missing: the folder of the adapter}"
 
-export-android: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [DATA=documents.jsonl]
-	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${DATA:+--data="$$DATA"}
+export-android: $(STAMP) $(DRAWN)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [CALIBRATION=documents.jsonl] [DATA=documents.jsonl]
+	@$(PY) -m export.android --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" --calibration="$${CALIBRATION:-$(DRAWN)}" --work=build/calibrated $${LORA:+--lora="$$LORA"} $${DATA:+--data="$$DATA"}
 
-export-ios: $(STAMP)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [CONTEXT=2048] [DATA=documents.jsonl]
-	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" $${LORA:+--lora="$$LORA"} $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
+export-ios: $(STAMP) $(DRAWN)  ## MODEL=folder-or-hub-id OUT=folder [LORA=adapter] [RECIPE=int4] [CALIBRATION=documents.jsonl] [CONTEXT=2048] [DATA=documents.jsonl]
+	@$(PY) -m export.ios --model="$${MODEL:?is missing: a folder or a hub id}" --out="$${OUT:?is missing: the new folder}" --recipe="$$RECIPE" --calibration="$${CALIBRATION:-$(DRAWN)}" --work=build/calibrated $${LORA:+--lora="$$LORA"} $${CONTEXT:+--context="$$CONTEXT"} $${DATA:+--data="$$DATA"}
+
+$(DRAWN): | $(STAMP)  # what a recipe is calibrated on where CALIBRATION names nothing: synthetic documents
+	@rm -rf $@.partial
+	@$(PY) -m demo.documents --split calibration --grade mixed --count 192 --out $@.partial
+	@mv $@.partial $@
 
 verify: $(STAMP)  ## BUNDLE=folder
 	@$(PY) -m runtimes.verify -- "$${BUNDLE:?is missing: the folder of a bundle}"
@@ -55,8 +62,8 @@ ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
 quality: $(STAMP)  ## BUNDLE=folder DATA=file [MODEL=reference] [IMAGES=folder] [OUT=folder] [ENDPOINT=url ENDPOINT_MODEL=name [KEY_ENV=variable]]
 	@$(PY) -m benchmarks.quality --data="$${DATA:?is missing: documents.jsonl, or the file of a data set}" $${MODEL:+--model="$$MODEL"} $${IMAGES:+--images="$$IMAGES"} $${OUT:+--out="$$OUT"} $${ENDPOINT:+--endpoint="$$ENDPOINT"} $${ENDPOINT_MODEL:+--endpoint-model="$$ENDPOINT_MODEL"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
-search: $(STAMP)  ## MODEL=folder-or-hub-id DATA=documents.jsonl MAX_SIZE=900MB MAX_LOSS=0.01 OUT=mine.toml [CALIBRATION=documents.jsonl] [GROUPS=layer] [LIMIT=number] [WORK=folder] [PLOT=front.svg]
-	@$(PY) -m benchmarks.search --data="$${DATA:?is missing: documents.jsonl}" --max-size="$${MAX_SIZE:?is missing: megabytes, or a part}" --max-loss="$${MAX_LOSS:?is missing: a mean KL}" --out="$${OUT:?is missing: the new .toml file}" $${CALIBRATION:+--calibration="$$CALIBRATION"} $${GROUPS:+--groups="$$GROUPS"} $${LIMIT:+--limit="$$LIMIT"} $${WORK:+--work="$$WORK"} $${PLOT:+--plot="$$PLOT"} -- "$${MODEL:?is missing: a folder or a hub id}"
+search: $(STAMP)  ## MODEL=folder-or-hub-id DATA=documents.jsonl MAX_SIZE=900MB MAX_LOSS=0.01 OUT=mine.toml [CALIBRATION=documents.jsonl] [GROUPED=layer] [LIMIT=number] [WORK=folder] [PLOT=front.svg]
+	@$(PY) -m benchmarks.search --data="$${DATA:?is missing: documents.jsonl}" --max-size="$${MAX_SIZE:?is missing: megabytes, or a part}" --max-loss="$${MAX_LOSS:?is missing: a mean KL}" --out="$${OUT:?is missing: the new .toml file}" $${CALIBRATION:+--calibration="$$CALIBRATION"} $${GROUPED:+--groups="$$GROUPED"} $${LIMIT:+--limit="$$LIMIT"} $${WORK:+--work="$$WORK"} $${PLOT:+--plot="$$PLOT"} -- "$${MODEL:?is missing: a folder or a hub id}"
 
 clean:  ## remove the demo's bundles and every cache (.venv and other builds stay)
 	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules

@@ -44,6 +44,8 @@ def recipe_text(recipe: Recipe) -> str:
                 fields |= {"rounding": scheme.rounding}
         elif scheme.format == "column":
             fields |= {"reduced_range": scheme.reduced_range}
+            if scheme.activations != Scheme.activations:
+                fields |= {"activations": scheme.activations}
         lines += ["", "[[rule]]", *(f"{key} = {_text(value)}" for key, value in fields.items())]
     lines += ["", "[limits]", *(f"{key} = {_text(value)}" for key, value in vars(recipe.limits).items())]
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.forced import Documents, Forced, Weighted
 from benchmarks.groups import Group
 from benchmarks.scores import mean_interval, paired_summary, score_summary
-from export.calibrate import as_floats, calibrate, calibration_prompts, identity
+from export.calibrate import affordable_tokens, as_floats, calibrate, calibration_prompts, identity
 from export.documents import Document
 from export.processor import write_processor_files
 from export.spec import read_spec
@@ -64,7 +64,7 @@ class Subject:
         self.calibration: Prompts | None = None
         self.calibration_digest: str | None = None
         if calibrating:
-            self.calibration, used = calibration_prompts(scratch, calibrating)
+            self.calibration, used = calibration_prompts(scratch, calibrating, affordable_tokens(self.spec))
             self.calibration_digest = used.sha256
 
     @cached_property

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 TILE = 96  # a document is laid out on 1 x 2, 2 x 1 or 2 x 2 tiles of this many units
 NODE_MODULES = Path(__file__).parent / "fonts" / "node_modules"
 GRADES = ("clean", "worn", "hard")
+MIXED = "mixed"
 
 # Text of a split: SHA-256's first byte modulo 16 says whose a string is.
 SPLITS = {"train": range(12), "calibration": range(12, 13), "search": range(13, 14), "test": range(14, 16)}
@@ -332,11 +333,13 @@ def make_document(
     Args:
         split: a key of SPLITS.
         index: any non-negative number; together with the other arguments it fixes every pixel.
-        grade: one of GRADES.
+        grade: one of GRADES, or MIXED: each in turn, by index.
         kind: "label" or "slip" (2:1), "sign" (1:2), "form" or "notice" (about square), "tag" (one tile);
             by seed if None, where it is never "tag".
         faces: fonts to choose from, in place of the split's own.
     """
+    if grade == MIXED:
+        grade = GRADES[index % len(GRADES)]
     rng = random.Random(f"smolport-documents/1/{split}/{index}/{grade}/{kind}")
     kind = kind or rng.choices(["label", "sign", "slip", "form", "notice"], weights=[25, 15, 20, 25, 15])[0]
     columns, bands = KINDS[kind]
@@ -467,7 +470,7 @@ def write_documents(split: str, count: int, grade: str, out: Path, draw: Draw = 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.documents", description=__doc__.splitlines()[0])
     parser.add_argument("--split", choices=sorted(SPLITS), default="test")
-    parser.add_argument("--grade", choices=GRADES, default="clean")
+    parser.add_argument("--grade", choices=[*GRADES, MIXED], default="clean")
     parser.add_argument("--count", type=int, default=500, help="documents (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     args = parser.parse_args()

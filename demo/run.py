@@ -24,13 +24,13 @@ CHECKPOINT = HERE / "checkpoint"
 SAMPLE = HERE / "samples" / "form.png"
 QUESTION = "What is the total?"
 DOCUMENTS = 400
-CALIBRATION = 48
 EMULATED = 100  # of them for the iOS bundle, whose programs are executed operation by operation
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for demo-android and demo-ios")
+    parser.add_argument("--calibration", type=Path, required=True, help="documents by which INT4 is rounded")
     parser.add_argument("--recipe", default="int4", help="default: %(default)s")
     args = parser.parse_args()
     began = time.monotonic()
@@ -43,20 +43,16 @@ def main() -> int:
         say(f"drawing {DOCUMENTS} test documents")
         for _ in write_documents("test", DOCUMENTS, "clean", documents):
             pass
-    calibration, work = args.out / "calibration", args.out / "calibrated"
-    if not calibration.exists():
-        say(f"drawing {CALIBRATION} documents for calibration")
-        for _ in write_documents("calibration", CALIBRATION, "worn", calibration):
-            pass
+    work = args.out / "calibrated"
     android = args.out / "demo-android"
     say("Android: ONNX")
     done = [
         export_android(
-            str(CHECKPOINT), android, args.recipe, data=documents, calibration=calibration, work=work, progress=say
+            str(CHECKPOINT), android, args.recipe, data=documents, calibration=args.calibration, work=work, progress=say
         )
     ]
     if importlib.util.find_spec("coremltools"):
-        done.append(_ios(args.out / "demo-ios", args.recipe, documents, calibration, work, say))
+        done.append(_ios(args.out / "demo-ios", args.recipe, documents, args.calibration, work, say))
     else:
         say("iOS is left out: coremltools has no build for this machine (macOS and Linux on x86-64 have one)")
     answers = []

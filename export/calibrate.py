@@ -33,7 +33,7 @@ from export.processor import write_processor_files
 from export.smolvlm import EMBED, TEXT, VISION, matrices
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.torch_ops import ROWS, Box, Prompts, Resumption, TorchOps, multiply, run_decoder, run_vision
-from export.weights import WeightSource, matrix_shape, naming, open_weights, rounded
+from export.weights import WeightSource, matrix_shape, naming, open_weights, rounded, uncalibrated
 from quantize.gptq import feedback, quantize_gptq
 from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
 from quantize.recipe import DEFAULT, UNCALIBRATED, Recipe, RecipeError, Scheme, load_recipe
@@ -53,7 +53,8 @@ from runtimes.prompt import ImagePart, Message, PromptEncoder
 from runtimes.tensorfile import TensorFileError, read_header, read_tensor, write_tensors
 
 VERSION = 1  # of what is kept in a work folder; results of another version are not taken up
-TOKENS = 4096  # of prompts and answers
+MOST_TOKENS = 16384  # of prompts and answers; beyond it little is gained
+WORK = 2.2e13  # weights times what passes through them: 4,100 tokens of the 2.2B, 15,000 of the 256M
 ENOUGH = 32  # documents: for fewer, images are given a smaller token budget
 OBSERVED = 8  # documents of the first pass
 COLUMNS = 2048  # inputs whose second moments are summed at a time
@@ -139,10 +140,7 @@ class Rounding(_Source):
             torch.mm(before[start : start + ROWS], matrix.T, out=out[: len(before)][start : start + ROWS])
         wanted, given = out.chunk(2)
         if any(scheme.rounding == "gptq" for scheme in schemes):
-            cross = torch.zeros(matrix.shape)  # sum of (y - W x) x^T
-            for start in range(0, len(now), ROWS):
-                some = now[start : start + ROWS]
-                cross.addmm_((wanted[start : start + ROWS] - some @ matrix.T).T, some)
+            cross = changed_outputs(matrix, wanted, before, now)
             with naming(names[0]):
                 made = feedback(second_moments(now), damping=damping(len(now), now.shape[1]))
         row = 0
@@ -163,6 +161,25 @@ class Rounding(_Source):
         for start in range(0, len(now), ROWS):
             torch.mm(now[start : start + ROWS], matrix.T, out=given[start : start + ROWS])
         return out
+
+
+def changed_outputs(matrix: Tensor, wanted: Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """Sum over rows of (y - W x) x^T, f32 [N, K]: y = `wanted` were the outputs of inputs `before`, and x is `now`.
+
+    Where it is less work as W times the sum of (x_before - x) x^T.
+    """
+    (n, k), rows = matrix.shape, len(now)
+    if k * (rows + n) < 2 * n * rows:
+        change = torch.zeros((k, k))
+        for start in range(0, rows, ROWS):
+            part = slice(start, start + ROWS)
+            change.addmm_((before[part] - now[part]).T, now[part])
+        return matrix @ change
+    cross = torch.zeros((n, k))
+    for start in range(0, rows, ROWS):
+        part = slice(start, start + ROWS)
+        cross.addmm_((wanted[part] - now[part] @ matrix.T).T, now[part])
+    return cross
 
 
 def damping(rows: int, inputs: int) -> float:
@@ -197,10 +214,11 @@ class Calibrated:
     Args:
         folded: the weights.
         folder: holds a file for each matrix that was quantized by its inputs.
+        ranges: the smallest and largest input of each matrix whose activations are static.
     """
 
-    def __init__(self, folded: Folded, folder: Path) -> None:
-        self._folded, self._folder = folded, folder
+    def __init__(self, folded: Folded, folder: Path, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self._folded, self._folder, self._ranges = folded, folder, ranges
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -212,6 +230,12 @@ class Calibrated:
 
     def __getitem__(self, name: str) -> F32:
         return self._folded[name]
+
+    def input_range(self, name: str) -> tuple[float, float]:
+        """The smallest and largest input of a matrix. Raises CheckpointError where calibration has not seen it."""
+        if name not in self._ranges:
+            raise uncalibrated(name)
+        return self._ranges[name]
 
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A matrix in the scheme's format. Raises CheckpointError, naming a file that is not what it should be."""
@@ -269,8 +293,12 @@ def calibrate(
     integers = folder / "integers"
     integers.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        chosen = _factors(spec, weights, recipe, prompts, folder, progress) if recipe.factors else []
-        source = Calibrated(Folded(weights, chosen), integers)
+        static = [name for name in matrices(spec) if recipe.scheme(name).activations == "static"]
+        chosen: list[tuple[Fold, F32]] = []
+        ranges: dict[str, tuple[float, float]] = {}
+        if recipe.factors or static:
+            chosen, ranges = _observed(spec, weights, recipe, prompts, static, folder, progress)
+        source = Calibrated(Folded(weights, chosen), integers, ranges)
         quantized = {name for name in matrices(spec) if recipe.scheme(name).rounding == "gptq"}
         if all((integers / f"{name}.safetensors").exists() for name in quantized):
             return source
@@ -300,15 +328,16 @@ def calibrate(
     return source
 
 
-def _factors(
+def _observed(
     spec: ModelSpec,
     weights: WeightSource,
     recipe: Recipe,
     prompts: Prompts,
+    static: Sequence[str],
     folder: Path,
     progress: Callable[[str], None],
-) -> list[tuple[Fold, F32]]:
-    """The first pass and what follows from it; kept in a file."""
+) -> tuple[list[tuple[Fold, F32]], dict[str, tuple[float, float]]]:
+    """The first pass and what follows from it, factors and the ranges of static activations; kept in a file."""
     path = folder / "factors.safetensors"
     every = list(folds(spec))
     if not path.exists():
@@ -325,17 +354,27 @@ def _factors(
         features = run_vision(TorchOps(spec, observed, few, resumption))
         run_decoder(TorchOps(spec, observed, few, resumption, every_row=True), features)
         progress("calibration: choosing factors")
-        chosen = choose_factors(spec, weights, recipe, observed.moments)
+        chosen = choose_factors(spec, weights, recipe, observed.moments) if recipe.factors else []
+        columns = Folded(weights, chosen).columns
+        limits: dict[str, F32] = {}
+        for name in static:
+            seen_there, by = observed.moments[name], columns.get(name, np.ones(1, np.float32))
+            limits[f"range:{name}"] = np.array([(seen_there.low / by).min(), (seen_there.high / by).max()], np.float32)
         found: dict[str, F32] = {"none": np.zeros(0, np.float32)}  # a file holds something
-        _write(path, found | {str(every.index(fold)): factors for fold, factors in chosen})
+        _write(path, found | limits | {str(every.index(fold)): factors for fold, factors in chosen})
         for done in (seen, state):
             done.unlink(missing_ok=True)
     header = read_header(path)
-    return [
+    factors = [
         (fold, np.asarray(read_tensor(path, header[str(i)]), dtype=np.float32))
         for i, fold in enumerate(every)
         if str(i) in header
     ]
+    ranges = {}
+    for name in static:
+        low, high = read_tensor(path, header[f"range:{name}"])
+        ranges[name] = (float(low), float(high))
+    return factors, ranges
 
 
 def choose_factors(
@@ -380,9 +419,16 @@ def identity(folder: Path, adapter: str = "") -> str:
     return sha.hexdigest()
 
 
-def calibration_prompts(
-    folder: Path, documents: Sequence[Document], tokens: int = TOKENS
-) -> tuple[Prompts, Calibration]:
+def affordable_tokens(spec: ModelSpec) -> int:
+    """Tokens, image tokens among them, to calibrate with: as many as two cores get through in minutes."""
+    text, vision = spec.text, spec.vision
+    heads = (2 * text.heads + 2 * text.kv_heads) * text.head_dim
+    decoder = text.layers * text.hidden * (heads + 3 * text.ffn)
+    tower = vision.layers * vision.hidden * (4 * vision.hidden + 2 * vision.ffn)
+    return int(min(MOST_TOKENS, WORK / (decoder + tower * vision.patches / spec.tokens_per_tile)))
+
+
+def calibration_prompts(folder: Path, documents: Sequence[Document], tokens: int) -> tuple[Prompts, Calibration]:
     """Documents as the model will see them, their answers after them, as many as fit.
 
     Images get the largest token budget, up to the bundle's own, at which ENOUGH documents (or all) fit.
@@ -483,7 +529,6 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for what is kept; an export takes it as --work"
     )
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of prompts and answers (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     args = parser.parse_args()
     began = time.monotonic()
@@ -500,7 +545,7 @@ def main() -> int:
         weights = open_weights(folder, spec)
         with tempfile.TemporaryDirectory() as scratch:
             write_processor_files(folder, spec, Path(scratch), None)
-            prompts, used = calibration_prompts(Path(scratch), documents, args.tokens)
+            prompts, used = calibration_prompts(Path(scratch), documents, affordable_tokens(spec))
         progress(f"{used.documents} documents of at most {used.tiles} tiles, {used.tokens} tokens")
         calibrate(identity(folder), spec, weights, recipe, prompts, args.work, progress)
     except (CheckpointError, RecipeError, DataError) as exc:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from export.calibrate import calibrate, calibration_documents, calibration_prompts, identity
+from export.calibrate import affordable_tokens, calibrate, calibration_documents, calibration_prompts, identity
 from export.checkpoint import ADAPTER_FILES, resolve
 from export.documents import DataError
 from export.lora import adapter_digest, open_merged
@@ -127,7 +127,7 @@ def main() -> int:
             spec = read_spec(folder)
             with tempfile.TemporaryDirectory() as scratch:
                 write_processor_files(folder, spec, Path(scratch), None)
-                prompts, _ = calibration_prompts(Path(scratch), calibrating)
+                prompts, _ = calibration_prompts(Path(scratch), calibrating, affordable_tokens(spec))
             calibrated = calibrate(
                 identity(folder, adapter_digest(adapter) if adapter else ""),
                 spec,

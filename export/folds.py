@@ -14,7 +14,7 @@ import numpy as np
 
 from export.smolvlm import HEAD, TEXT, VISION
 from export.spec import ModelSpec
-from export.weights import WeightSource, rounded
+from export.weights import WeightSource, rounded, uncalibrated
 from quantize.int4 import F32, ColumnTensor, QTensor
 from quantize.recipe import Scheme
 
@@ -77,11 +77,11 @@ class Folded:
 
     def __init__(self, weights: WeightSource, factors: Sequence[tuple[Fold, F32]]) -> None:
         self._weights = weights
+        self.columns: dict[str, F32] = {}  # by what the columns of a matrix are multiplied, its inputs divided
         self._rows: dict[str, F32] = {}
-        self._columns: dict[str, F32] = {}
         for fold, factor in factors:
             self._rows |= {name: np.reciprocal(factor) for name in fold.writers}
-            self._columns |= {name: fold.spread(factor) for name in fold.readers}
+            self.columns |= {name: fold.spread(factor) for name in fold.readers}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -92,13 +92,17 @@ class Folded:
         rows = self._weights.rows(name, start, stop)
         if (divided := self._rows.get(name)) is not None:
             rows = rows * divided[start:stop].reshape(-1, *[1] * (rows.ndim - 1))
-        if (multiplied := self._columns.get(name)) is not None:
+        if (multiplied := self.columns.get(name)) is not None:
             rows = rows * multiplied
         return rows
 
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A matrix, factors and all, in the scheme's format; see `rounded`."""
         return rounded(self, name, scheme)
+
+    def input_range(self, name: str) -> tuple[float, float]:
+        """Raises CheckpointError: weights alone do not know."""
+        raise uncalibrated(name)
 
     def __getitem__(self, name: str) -> F32:
         return self.rows(name, 0, self.shape(name)[0])

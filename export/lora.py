@@ -16,7 +16,7 @@ import numpy as np
 from export.adapter_config import CONFIG, CONVOLUTION, EMBEDDING, LINEAR, Adapted, Module, read_adapter_config
 from export.spec import CheckpointError, ModelSpec, tensor_shapes
 from export.weights import EMBEDDING as TABLE
-from export.weights import F32, FLOATS, HEAD, Weights, WeightSource, listed, open_weights, rounded
+from export.weights import F32, FLOATS, HEAD, Weights, WeightSource, listed, open_weights, rounded, uncalibrated
 from quantize.int4 import ColumnTensor, QTensor
 from quantize.recipe import Scheme
 from runtimes.tensorfile import TensorFileError, read_header
@@ -109,6 +109,10 @@ class Merged:
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A merged matrix in the scheme's format; see `rounded`."""
         return rounded(self, name, scheme)
+
+    def input_range(self, name: str) -> tuple[float, float]:
+        """Raises CheckpointError: weights alone do not know."""
+        raise uncalibrated(name)
 
     def __getitem__(self, name: str) -> F32:
         return self.rows(name, 0, self.shape(name)[0])

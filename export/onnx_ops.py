@@ -263,7 +263,9 @@ class OnnxOps:
         if self.twin:
             matrix = self._dequantized(q, scales)
             return self._plus(self.node("MatMul", [x, matrix], dtype=ir.DataType.FLOAT), bias)
-        x8, x_scale, x_zero = self._quantized_activation(x)
+        x8, x_scale, x_zero = (
+            self._ranged_activation(x, weights[0]) if scheme.activations == "static" else self._quantized_activation(x)
+        )
         return self.node(
             "MatMulIntegerToFloat", [x8, q, x_scale, scales, x_zero, None, bias], domain=MS, dtype=ir.DataType.FLOAT
         )
@@ -282,6 +284,19 @@ class OnnxOps:
             if node.op_type == "DynamicQuantizeLinear" and node.inputs[0] is x:
                 return node.outputs
         return self.node_n("DynamicQuantizeLinear", [x], outputs=3)
+
+    def _ranged_activation(self, x: ir.Value, weight: str) -> Sequence[ir.Value]:
+        """QuantizeLinear over the range that calibration saw, once for all products of the same x."""
+        for node in reversed(self.nodes):
+            if node.op_type == "QuantizeLinear" and node.inputs[0] is x:
+                return [node.outputs[0], *(value for value in node.inputs[1:] if value is not None)]
+        low, high = self.weights.input_range(weight)
+        low, high = min(low, 0.0), max(high, 0.0)  # zero is exact
+        scale = np.float32((high - low) / 255 or 1)
+        scales = self.constant(f"{weight}.input_scale", np.asarray(scale))
+        zero = self.constant(f"{weight}.input_zero", np.asarray(np.clip(np.rint(-low / scale), 0, 255), dtype=np.uint8))
+        x8 = self.node("QuantizeLinear", [x, scales, zero], dtype=ir.DataType.UINT8)
+        return [x8, scales, zero]
 
     # --- the other operations
 

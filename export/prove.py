@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from export.calibrate import calibrate, calibration_documents, calibration_prompts, identity
+from export.calibrate import affordable_tokens, calibrate, calibration_documents, calibration_prompts, identity
 from export.checkpoint import ADAPTER_FILES, Checkpoint, resolve
 from export.documents import DataError, Document, read_data
 from export.lora import adapter_digest, open_merged
@@ -471,7 +471,7 @@ def prove_bundle(
     source: WeightSource = weights
     if recipe.calibrated:
         calibrating = calibration_documents(recipe, calibration)
-        prompts, used = calibration_prompts(bundle.folder, calibrating)
+        prompts, used = calibration_prompts(bundle.folder, calibrating, affordable_tokens(spec))
         if used != bundle.manifest.calibration:
             raise BundleError(
                 f"{bundle.folder}: was calibrated on {bundle.manifest.calibration}, {calibration} gives {used}"

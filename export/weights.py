@@ -38,6 +38,9 @@ class WeightSource(Protocol):
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A matrix in the scheme's format. Raises CheckpointError, naming a tensor that has no fp16 scale."""
 
+    def input_range(self, name: str) -> tuple[float, float]:
+        """The smallest and largest input of a matrix. Raises CheckpointError where calibration has not seen it."""
+
 
 class Weights(Mapping[str, F32]):
     """Tensor name -> its values in float32, read anew each time; any number of threads may read."""
@@ -83,6 +86,10 @@ class Weights(Mapping[str, F32]):
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A matrix in the scheme's format; see `rounded`."""
         return rounded(self, name, scheme)
+
+    def input_range(self, name: str) -> tuple[float, float]:
+        """Raises CheckpointError: weights alone do not know."""
+        raise uncalibrated(name)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._places
@@ -143,6 +150,11 @@ def block_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -
 def column_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -> list[ColumnTensor]:
     """Matrices by a scheme of format "column". Raises CheckpointError as `WeightSource.quantized`."""
     return [cast(ColumnTensor, weights.quantized(name, scheme)) for name in names]
+
+
+def uncalibrated(name: str) -> CheckpointError:
+    """The error of a matrix whose inputs nobody has seen."""
+    return CheckpointError(f"{name}: its activations are static, which needs calibration documents")
 
 
 def rounded(weights: WeightSource, name: str, scheme: Scheme) -> QTensor | ColumnTensor:

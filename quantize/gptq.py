@@ -17,8 +17,8 @@ import numpy.typing as npt
 from quantize.int4 import F32, QTensor, empty_blocks, pack, quantize_blocks
 
 DAMPING = 0.01  # of H's mean diagonal, added to all of it: GPTQ's own value
-PANEL = 128  # columns factored at a time
-STEP = 32  # inputs after which what is carried over to all later ones is multiplied at once
+PANEL = 256  # columns worked on together: what they change elsewhere is one product of matrices
+STEP = 32  # inputs of a panel that are rounded before what they change in it is multiplied
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,12 @@ class Feedback:
         panels = [slice(start, min(start + PANEL, k)) for start in range(0, k, PANEL)]
         unit = [np.linalg.inv(self.carried[p, p] + np.eye(p.stop - p.start, dtype=np.float32)) for p in panels]
         for p, inverse in zip(reversed(panels), reversed(unit), strict=True):
-            x[p] = inverse @ (x[p] - self.carried[p, p.stop :] @ x[p.stop :])
+            x[p] = inverse @ x[p]
+            x[: p.start] -= self.carried[: p.start, p] @ x[p]
         x /= self.pivots[:, None]
         for p, inverse in zip(panels, unit, strict=True):
-            x[p] = inverse.T @ (x[p] - self.carried[: p.start, p].T @ x[: p.start])
+            x[p] = inverse.T @ x[p]
+            x[p.stop :] -= self.carried[p, p.stop :].T @ x[p]
         out = np.empty_like(cross)
         out[:, self.order] = x.T
         return out
@@ -119,11 +121,11 @@ def quantize_gptq(weights: F32, made: Feedback, *, bits: int, block: int, symmet
     given = np.ascontiguousarray(weights.T[made.order])  # [K, N], in the order of rounding
     errors = np.empty_like(given)
     codes = np.empty((k, n), dtype=np.uint8)
-    for start in range(0, k, STEP):
-        stop = min(start + STEP, k)
-        wanted = given[start:stop].copy()
-        if start:
-            wanted += made.carried[:start, start:stop].T @ errors[:start]
+    targets = given.copy()
+    for start in range(0, k, STEP):  # PANEL is a multiple of it
+        stop, panel = min(start + STEP, k), start - start % PANEL
+        wanted = targets[start:stop]
+        wanted += made.carried[panel:start, start:stop].T @ errors[panel:start]
         inside = made.carried[start:stop, start:stop]
         for i in range(stop - start):
             scale, zero = scales[places[start + i]], zeros[places[start + i]]
@@ -136,6 +138,8 @@ def quantize_gptq(weights: F32, made: Feedback, *, bits: int, block: int, symmet
             np.subtract(given[start + i], q, out=errors[start + i])
             if start + i + 1 < stop:
                 wanted[i + 1 :] += inside[i, i + 1 :, None] * errors[start + i]
+        if stop % PANEL == 0:  # what the panel leaves to all later inputs, in one product
+            targets[stop:] += made.carried[panel:stop, stop:].T @ errors[panel:stop]
 
     tensor = empty_blocks(shape, bits, block)
     blocks = grid.scales.shape[1]

@@ -9,6 +9,7 @@ from typing import Any
 
 SHIPPED = ("fp32", "int8", "int4", "int4-quick", "int4-all")
 DEFAULT, UNCALIBRATED = "int4", "int4-quick"
+ACTIVATIONS = ("dynamic", "static")
 ROUNDINGS = ("nearest", "fitted", "gptq")
 
 
@@ -24,6 +25,8 @@ class Scheme:
         input width) or "column" (signed 8 bits, a scale per output channel, activations in u8).
     rounding: of blocks. "nearest" divides a block's range evenly, "fitted" chooses scale and zero point for the least
         squared error, "gptq" chooses the integers too, by the products' inputs, and needs calibration.
+    activations: of columns. "dynamic" takes the range of u8 activations from what is there, tensor by tensor, "static"
+        from calibration.
     """
 
     format: str
@@ -32,6 +35,7 @@ class Scheme:
     symmetric: bool = False
     reduced_range: bool = False
     rounding: str = "fitted"
+    activations: str = "dynamic"
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest's form: only the fields that say something about this format."""
@@ -45,7 +49,12 @@ class Scheme:
                     "rounding": self.rounding,
                 }
             case "column":
-                return {"scheme": "column", "bits": 8, "reduced_range": self.reduced_range}
+                return {
+                    "scheme": "column",
+                    "bits": 8,
+                    "reduced_range": self.reduced_range,
+                    "activations": self.activations,
+                }
         return {"scheme": "float", "bits": 32}
 
 
@@ -80,7 +89,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it needs documents."""
-        return self.factors or any(scheme.rounding == "gptq" for _, scheme in self.rules)
+        return self.factors or any(s.rounding == "gptq" or s.activations == "static" for _, s in self.rules)
 
     def scheme(self, tensor: str) -> Scheme:
         """The scheme of a Hugging Face tensor name."""
@@ -153,10 +162,13 @@ def _scheme(rule: dict[str, Any], where: str) -> Scheme:
                 raise RecipeError(f"{where}: rounding is {rounding!r}, want {' or '.join(ROUNDINGS)}")
             return Scheme("block", rule["bits"], rule["block"], rule["symmetric"], rounding=rounding)
         case "column":
-            _keys(rule, {"format", "reduced_range"}, where)
+            _keys({"activations": "dynamic"} | rule, {"format", "reduced_range", "activations"}, where)
             if not isinstance(rule["reduced_range"], bool):
                 raise RecipeError(f"{where}: reduced_range is {rule['reduced_range']!r}, want true or false")
-            return Scheme("column", 8, reduced_range=rule["reduced_range"])
+            activations = rule.get("activations", "dynamic")
+            if activations not in ACTIVATIONS:
+                raise RecipeError(f"{where}: activations is {activations!r}, want {' or '.join(ACTIVATIONS)}")
+            return Scheme("column", 8, reduced_range=rule["reduced_range"], activations=activations)
     raise RecipeError(f"{where}: format is {rule.get('format')!r}, want float, block or column")
 
 

@@ -58,7 +58,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from demo.documents import write_documents
 
     folder = tmp_path_factory.mktemp("calibration") / "documents"
-    for _ in write_documents("calibration", 24, "worn", folder):
+    for _ in write_documents("calibration", 96, "mixed", folder):
         pass
     return folder
 

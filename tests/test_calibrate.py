@@ -4,6 +4,7 @@ what was asked for is exact, and what is wrong is refused."""
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from benchmarks.forced import Documents, Weighted
 from export.calibrate import (
     Calibrated,
     Moments,
+    affordable_tokens,
     calibrate,
     calibration_documents,
     calibration_prompts,
+    changed_outputs,
     choose_factors,
     damping,
     identity,
@@ -48,7 +51,7 @@ class Case:
         self.processor = scratch / "processor"
         self.processor.mkdir()
         write_processor_files(checkpoint, self.spec, self.processor, None)
-        self.prompts, self.used = calibration_prompts(self.processor, documents)
+        self.prompts, self.used = calibration_prompts(self.processor, documents, 16384)
 
 
 @pytest.fixture
@@ -227,17 +230,17 @@ def test_the_digest_is_of_what_documents_hold_not_of_where_they_lie(
     demo: Case, calibration: Path, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(calibration, tmp_path / "elsewhere")
-    assert calibration_prompts(demo.processor, read_data(moved))[1] == demo.used
+    assert calibration_prompts(demo.processor, read_data(moved), 16384)[1] == demo.used
     lines = (moved / "documents.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     (moved / "documents.jsonl").write_text("\n".join([json.dumps(row | {"answer": "other"}), *lines[1:]]) + "\n")
-    assert calibration_prompts(demo.processor, read_data(moved))[1].sha256 != demo.used.sha256
+    assert calibration_prompts(demo.processor, read_data(moved), 16384)[1].sha256 != demo.used.sha256
 
 
 def test_an_image_that_is_none_is_refused_by_name(demo: Case, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.png"):
-        calibration_prompts(demo.processor, [Document(tmp_path / "broken.png", "What?", ("x",), "all")])
+        calibration_prompts(demo.processor, [Document(tmp_path / "broken.png", "What?", ("x",), "all")], 100)
 
 
 def test_a_calibrated_recipe_without_documents_is_refused_with_the_remedy() -> None:
@@ -255,6 +258,27 @@ def test_second_moments_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(export.calibrate, "COLUMNS", 7)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((50, 20)).astype(np.float32))
     np.testing.assert_allclose(second_moments(x), (x.T @ x).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_larger_models_are_calibrated_on_fewer_tokens(tiny_checkpoint: Path) -> None:
+    tiny = read_spec(tiny_checkpoint)
+    assert affordable_tokens(tiny) == 16384
+    text = replace(tiny.text, hidden=2048, layers=24, ffn=8192, heads=32, kv_heads=32, head_dim=64)
+    vision = replace(tiny.vision, hidden=1152, layers=27, ffn=4304, image_size=384, patch_size=14)
+    assert 3500 < affordable_tokens(replace(tiny, text=text, vision=vision, scale_factor=3)) < 5000
+
+
+@pytest.mark.parametrize(("outputs", "rows"), [(4, 10), (90, 100)])
+def test_changed_outputs_are_the_same_either_way(outputs: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.calibrate, "ROWS", 32)
+    rng = np.random.default_rng(0)
+    matrix, before, now = (
+        torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+        for shape in ((outputs, 20), (rows, 20), (rows, 20))
+    )
+    wanted = before @ matrix.T
+    found = changed_outputs(matrix, wanted, before, now)
+    np.testing.assert_allclose(found, (wanted - now @ matrix.T).T @ now, rtol=1e-3, atol=1e-3)
 
 
 def test_the_fewer_the_rows_the_more_damping() -> None:

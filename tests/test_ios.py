@@ -351,6 +351,9 @@ def norm_package(folder: Path, weight: Any, eps: float) -> Any:
         def quantized(self, name: str, scheme: Scheme) -> Any:
             raise NotImplementedError
 
+        def input_range(self, name: str) -> tuple[float, float]:
+            raise NotImplementedError
+
     (folder / WEIGHTS).parent.mkdir(parents=True)
     file = WeightFile(folder / WEIGHTS)
 

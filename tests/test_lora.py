@@ -387,6 +387,9 @@ class Zeros:
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         raise AssertionError("the base's own integers were asked for")
 
+    def input_range(self, name: str) -> tuple[float, float]:
+        raise AssertionError("the base's activations were asked for")
+
     def __getitem__(self, name: str) -> F32:
         raise AssertionError("the whole matrix was asked for")
 

@@ -268,7 +268,7 @@ def test_make_hands_over_what_search_is_given_and_nothing_else(echo: Path) -> No
     want = ["--data=d", "--max-size=60%", "--max-loss=0.01", "--out=o's.toml"]
     done = make("search", *needed, python=echo)
     assert json.loads(done.stdout) == ["-m", "benchmarks.search", *want, "--", "m m"]
-    given = ["CALIBRATION=c c", "GROUPS=layer", "LIMIT=9", "WORK=w", "PLOT=p $x.svg"]
+    given = ["CALIBRATION=c c", "GROUPED=layer", "LIMIT=9", "WORK=w", "PLOT=p $x.svg"]
     done = make("search", *needed, *given, python=echo)
     want += ["--calibration=c c", "--groups=layer", "--limit=9", "--work=w", "--plot=p $x.svg"]
     assert json.loads(done.stdout) == ["-m", "benchmarks.search", *want, "--", "m m"]
