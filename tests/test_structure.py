@@ -267,7 +267,18 @@ def test_make_hands_over_what_quality_is_given_and_nothing_else(echo: Path) -> N
     assert json.loads(done.stdout)[3:] == [*want, "--", "b"]
 
 
-@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality"])
+def test_make_hands_over_what_search_is_given_and_nothing_else(echo: Path) -> None:
+    needed = ["MODEL=m m", "DATA=d", "MAX_SIZE=60%", "MAX_LOSS=0.01", "OUT=o's.toml"]
+    want = ["--data=d", "--max-size=60%", "--max-loss=0.01", "--out=o's.toml"]
+    done = make("search", *needed, python=echo)
+    assert json.loads(done.stdout) == ["-m", "benchmarks.search", *want, "--", "m m"]
+    given = ["CALIBRATION=c c", "GROUPED=layer", "LIMIT=9", "WORK=w", "PLOT=p $x.svg"]
+    done = make("search", *needed, *given, python=echo)
+    want += ["--calibration=c c", "--groups=layer", "--limit=9", "--work=w", "--plot=p $x.svg"]
+    assert json.loads(done.stdout) == ["-m", "benchmarks.search", *want, "--", "m m"]
+
+
+@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality", "search"])
 def test_make_says_what_is_missing(action: str, echo: Path) -> None:
     done = make(action, python=echo)
     assert done.returncode != 0
