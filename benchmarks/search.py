@@ -116,15 +116,14 @@ def search(
         with open_journal(path, header) as journal:
             options = measure_groups(subject, groups, sizes, journal, progress)
             front = convex_front(options, rest)
-            first, start = _bounds(front, most_bytes, max_loss)
+            first = first_within_size(front, most_bytes)
+            assert first is not None  # the front ends with the smallest
             measured: dict[int, dict[str, Any]] = {}
 
             def measure(number: int) -> float:
                 point = front[number]
                 if number not in measured:
-                    progress(
-                        f"measuring point {number} of the front: {megabytes(point.size_bytes)}, KL {point.loss:.2e}?"
-                    )
+                    progress(f"measuring point {number + 1} of {len(front)} whole: {megabytes(point.size_bytes)}")
                     recipe = make_recipe(name, subject, groups, point)
                     measured[number] = _measure_whole(subject, recipe, journal, work)
                     progress(
@@ -132,7 +131,7 @@ def search(
                     )
                 return float(measured[number]["kl"])
 
-            chosen = settle(front, first, start, max_loss, measure)
+            chosen = settle(front, first, max_loss, measure)
             for neighbour in (chosen - 1, chosen + 1):
                 if 0 <= neighbour < len(front):
                     measure(neighbour)
@@ -174,56 +173,42 @@ def measure_groups(
     return options
 
 
-def settle(front: Sequence[Point], first: int, start: int, max_loss: float, measure: Callable[[int], float]) -> int:
+def settle(front: Sequence[Point], first: int, max_loss: float, measure: Callable[[int], float]) -> int:
     """The smallest point whose measured loss is within the limit, while that of the next smaller one is not.
 
-    Measuring begins at `start`. By how far the prediction was off there the next one is chosen, between the smallest
-    known to hold and the largest known to fail: most often a few are enough.
+    Measuring begins where the prediction says. By how far off it was there the next point is chosen, between the
+    smallest known to hold and the largest known to fail: most often a few are enough.
 
     Args:
         first: the largest that may be chosen.
         measure: gives the loss of a point by number.
 
     Raises:
-        SearchError: no point from `first` on holds.
+        SearchError: no point from `first` on holds; with what is possible.
     """
-    holds, fails, at = first - 1, len(front), start
-    while True:
+    holds, fails, scale = first - 1, len(front), 1.0
+    while fails - holds > 1:
+        guess = last_within_loss(front, max_loss, scale)
+        at = min(max(first if guess is None else guess, holds + 1), fails - 1)
         loss = measure(at)
         if loss <= max_loss:
             holds = at
         else:
             fails = at
-        if fails - holds == 1:
-            break
         scale = loss / front[at].loss if front[at].loss > 0 else 1.0
-        guess = last_within_loss(front, max_loss, scale)
-        at = min(max(first if guess is None else guess, holds + 1), fails - 1)
-    if holds < first:
+    if holds < first:  # then `first` was measured last
+        smallest = last_within_loss(front, max_loss, scale)
         raise SearchError(
-            f"no recipe within {megabytes(front[first].size_bytes)} loses at most {max_loss:g} (mean KL): "
-            f"the best one's predicted loss is {front[first].loss:.3g}, measured as a whole it is {measure(first):.3g}"
+            f"no recipe of at most {megabytes(front[first].size_bytes)} loses at most {max_loss:g} (mean KL): the best "
+            f"one of that size loses {measure(first):.3g}, measured whole (predicted {front[first].loss:.3g}); "
+            + (
+                f"within that loss, by predictions as far off, the least is {megabytes(front[smallest].size_bytes)}"
+                if smallest is not None
+                else f"by predictions as far off, the least loss of all is {front[0].loss * scale:.3g}, "
+                f"with {megabytes(front[0].size_bytes)}"
+            )
         )
     return holds
-
-
-def _bounds(front: Sequence[Point], most_bytes: float, max_loss: float) -> tuple[int, int]:
-    """The first point that is small enough and the last that is good enough. Raises SearchError if they do not meet."""
-    first, start = first_within_size(front, most_bytes), last_within_loss(front, max_loss)
-    assert first is not None  # the front ends with the smallest
-    if start is None:
-        best = front[0]
-        raise SearchError(
-            f"no recipe loses at most {max_loss:g} (mean KL): the least predicted is {best.loss:.3g}, "
-            f"with {megabytes(best.size_bytes)}"
-        )
-    if start < first:
-        raise SearchError(
-            f"no recipe has both at most {megabytes(most_bytes)} and a predicted loss of at most {max_loss:g} "
-            f"(mean KL): within that size the least loss is {front[first].loss:.3g}, "
-            f"within that loss the least size is {megabytes(front[start].size_bytes)}"
-        )
-    return first, start
 
 
 def _group_bytes(weights: WeightSource, group: Group, scheme: Scheme) -> int:
