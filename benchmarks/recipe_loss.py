@@ -1,6 +1,6 @@
 """What each recipe costs in answers: exports and proves one checkpoint with every recipe, on the same documents.
 
-    python -m benchmarks.recipe_loss --model demo/checkpoint --data DOCUMENTS [--recipe int4 ...] [--out FILE.jsonl]
+    python -m benchmarks.recipe_loss --model demo/checkpoint --data DOCUMENTS --calibration DOCUMENTS [--recipe int4]
 
 One JSON line a recipe, taken from the bundle's own report, and a table. A recipe that is over its own limits
 gives no bundle and no line. Not covered: speed and memory.
@@ -22,10 +22,10 @@ from runtimes.manifest import BundleError
 from runtimes.runner import EngineError, InputError
 
 
-def measure(model: str, recipe: str, data: Path, limit: int | None) -> dict[str, Any]:
+def measure(model: str, recipe: str, data: Path, limit: int | None, calibration: Path | None) -> dict[str, Any]:
     """The size and the three errors of one recipe. Raises what `export_android` raises."""
     with tempfile.TemporaryDirectory(prefix="recipe-loss-") as scratch:
-        done = export_android(model, Path(scratch) / "bundle", recipe, data=data, limit=limit)
+        done = export_android(model, Path(scratch) / "bundle", recipe, data=data, limit=limit, calibration=calibration)
     report = done.report
     assert report is not None
     errors = ("features_error", "logits_error", "tokens_equal", "tokens", "ties")
@@ -63,6 +63,7 @@ def main() -> int:
         "--model", default="demo/checkpoint", help="a checkpoint folder, or a hub id (default: %(default)s)"
     )
     parser.add_argument("--data", type=Path, required=True, help="documents.jsonl, or the folder that holds it")
+    parser.add_argument("--calibration", type=Path, help="documents by which calibrated recipes round")
     parser.add_argument("--limit", type=int, help="use at most this many documents")
     parser.add_argument("--recipe", action="append", help="may be repeated (default: every shipped one)")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
@@ -71,7 +72,7 @@ def main() -> int:
     for recipe in args.recipe or SHIPPED:
         print(f"exporting and proving recipe {recipe}", file=sys.stderr, flush=True)
         try:
-            rows.append(measure(args.model, recipe, args.data, args.limit))
+            rows.append(measure(args.model, recipe, args.data, args.limit, args.calibration))
         except ProofError as exc:
             print(f"{recipe}: {exc}", file=sys.stderr)
             failed = True

@@ -30,7 +30,7 @@ from export.checkpoint import resolve
 from export.documents import DataError, Document, read_data
 from export.folds import Fold, Folded, folds
 from export.processor import write_processor_files
-from export.smolvlm import EMBED, TEXT, VISION, matrices
+from export.smolvlm import EMBED, HEAD, TEXT, VISION, matrices
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.torch_ops import ROWS, Box, Prompts, Resumption, TorchOps, multiply, run_decoder, run_vision
 from export.weights import WeightSource, matrix_shape, naming, open_weights, rounded, uncalibrated
@@ -57,6 +57,7 @@ MOST_TOKENS = 16384  # of prompts and answers; beyond it little is gained
 WORK = 2.2e13  # weights times what passes through them: 4,100 tokens of the 2.2B, 15,000 of the 256M
 ENOUGH = 32  # documents: for fewer, images are given a smaller token budget
 OBSERVED = 8  # documents of the first pass
+LAST = (EMBED, HEAD)  # the matrix that gives logits, which calibration has no use for
 COLUMNS = 2048  # inputs whose second moments are summed at a time
 
 
@@ -100,6 +101,8 @@ class Observed(_Source):
     def product(self, names: Sequence[str], x: Tensor) -> Tensor:
         square = torch.linalg.vector_norm(x, dim=0).square_().div_(len(x))
         self.moments |= dict.fromkeys(names, Moments(x.amin(0).numpy(), x.amax(0).numpy(), square.numpy()))
+        if names[0] in LAST:
+            return torch.empty((0, 0))
         return multiply(x, stacked([self.weights[name] for name in names]))
 
 
@@ -133,14 +136,16 @@ class Rounding(_Source):
     def product(self, names: Sequence[str], x: Tensor) -> Tensor:
         before, now = x.chunk(2)
         schemes = [self._recipe.scheme(name) for name in names]
+        by_inputs, last = any(scheme.rounding == "gptq" for scheme in schemes), names[0] in LAST
+        if last and not by_inputs:
+            return torch.empty((0, 0))
         floats = [self.weights[name] for name in names]
         matrix = stacked(floats)
-        out = torch.empty((len(x), len(matrix)))
-        for start in range(0, len(before), ROWS):
-            torch.mm(before[start : start + ROWS], matrix.T, out=out[: len(before)][start : start + ROWS])
-        wanted, given = out.chunk(2)
-        if any(scheme.rounding == "gptq" for scheme in schemes):
-            cross = changed_outputs(matrix, wanted, before, now)
+        out = torch.empty((0 if last else len(x), len(matrix)))
+        wanted, given = out[: len(out) // 2], out[len(out) // 2 :]
+        multiply(before[: len(wanted)], matrix, wanted)
+        if by_inputs:
+            cross = changed_outputs(matrix, None if last else wanted, before, now)
             with naming(names[0]):
                 made = feedback(second_moments(now), damping=damping(len(now), now.shape[1]))
         row = 0
@@ -157,19 +162,17 @@ class Rounding(_Source):
                 floats[i] = dequantize(tensor)
             elif scheme.format != "float":
                 floats[i] = as_floats(self.weights.quantized(name, scheme))
-        matrix = stacked(floats)
-        for start in range(0, len(now), ROWS):
-            torch.mm(now[start : start + ROWS], matrix.T, out=given[start : start + ROWS])
+        multiply(now[: len(given)], stacked(floats), given)
         return out
 
 
-def changed_outputs(matrix: Tensor, wanted: Tensor, before: Tensor, now: Tensor) -> Tensor:
+def changed_outputs(matrix: Tensor, wanted: Tensor | None, before: Tensor, now: Tensor) -> Tensor:
     """Sum over rows of (y - W x) x^T, f32 [N, K]: y = `wanted` were the outputs of inputs `before`, and x is `now`.
 
-    Where it is less work as W times the sum of (x_before - x) x^T.
+    Where that is less work, or y is not there, as W times the sum of (x_before - x) x^T.
     """
     (n, k), rows = matrix.shape, len(now)
-    if k * (rows + n) < 2 * n * rows:
+    if wanted is None or k * (rows + n) < 2 * n * rows:
         change = torch.zeros((k, k))
         for start in range(0, rows, ROWS):
             part = slice(start, start + ROWS)

@@ -73,9 +73,9 @@ class Tensors(Protocol):
         """Rows of a matrix that is looked up."""
 
 
-def multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """x W^T, f32 [rows, K] and [N, K] -> f32 [rows, N], some rows at a time."""
-    out = torch.empty((len(x), len(matrix)))
+def multiply(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """x W^T, f32 [rows, K] and [N, K] -> f32 [rows, N], some rows at a time; into `out` if it is given."""
+    out = torch.empty((len(x), len(matrix))) if out is None else out
     for start in range(0, len(x), ROWS):
         torch.mm(x[start : start + ROWS], matrix.T, out=out[start : start + ROWS])
     return out

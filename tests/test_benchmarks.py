@@ -76,7 +76,7 @@ def test_a_run_that_fails_is_an_error_with_what_it_said() -> None:
 
 
 def test_a_recipe_is_measured_on_documents(tiny_checkpoint: Path, documents: Path) -> None:
-    row = recipe_loss(str(tiny_checkpoint), LOOSE, documents, None)
+    row = recipe_loss(str(tiny_checkpoint), LOOSE, documents, None, None)
     assert row["quantization_loss"]["documents"] == 2
     assert row["quantization_loss"]["exact"]["text"]["bundle"] == 0
     assert row["activation_error"]["logits_error"] > row["export_error"]["logits_error"]

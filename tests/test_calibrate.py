@@ -118,7 +118,7 @@ def recipe(
 def test_calibrated_four_bits_have_at_most_half_the_kl_of_plain_rounding(demo: Case, tmp_path: Path) -> None:
     from demo.documents import write_documents
 
-    for _ in write_documents("search", 48, "hard", tmp_path / "search"):
+    for _ in write_documents("search", 180, "mixed", tmp_path / "search"):
         pass
     documents = Documents(demo.spec, demo.weights, demo.processor, read_data(tmp_path / "search"))
     match = "model.text_model.layers.*_proj.weight"
@@ -205,7 +205,7 @@ def test_damaged_integers_are_refused_by_the_files_name(tiny: Case, tmp_path: Pa
 
 
 def test_the_budget_of_tiles_gives_way_before_documents_do(demo: Case, calibration: Path) -> None:
-    documents = read_data(calibration)
+    documents = read_data(calibration, 24)
     whole, used = calibration_prompts(demo.processor, documents, 1 << 30)
     assert used.documents == len(documents)
     assert used.tokens == whole.tokens == sum(map(len, whole.ids))
@@ -279,6 +279,8 @@ def test_changed_outputs_are_the_same_either_way(outputs: int, rows: int, monkey
     wanted = before @ matrix.T
     found = changed_outputs(matrix, wanted, before, now)
     np.testing.assert_allclose(found, (wanted - now @ matrix.T).T @ now, rtol=1e-3, atol=1e-3)
+    unseen = changed_outputs(matrix, None, before, now)
+    np.testing.assert_allclose(unseen, found, rtol=1e-3, atol=1e-3)
 
 
 def test_the_fewer_the_rows_the_more_damping() -> None:
