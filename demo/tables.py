@@ -17,6 +17,7 @@ from pathlib import Path
 from demo.documents import (
     FIELDS,
     GRADES,
+    MIXED,
     SPLITS,
     TEST_FONTS,
     TILE,
@@ -37,6 +38,8 @@ MARGIN, PADDING = 4.0, 3.5  # units between the paper's edge and the table, betw
 
 def make_table(split: str, index: int, grade: str = "clean", faces: Sequence[Face] = ()) -> Document:
     """Draws table `index` of a split on 2 x 2 tiles; arguments as in `demo.documents.make_document`."""
+    if grade == MIXED:
+        grade = GRADES[index % len(GRADES)]
     rng = random.Random(f"smolport-tables/1/{split}/{index}/{grade}")
     width, height = 2 * TILE, round(2 * TILE * rng.uniform(0.86, 1.0))
     sheet = Sheet(rng, width, height, rng.uniform(1.0, 1.7), faces or (TEST_FONTS if split == "test" else TRAIN_FONTS))
@@ -100,7 +103,7 @@ def _cells(writer: Writer, names: Sequence[str], rows: int) -> list[list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.tables", description=__doc__.splitlines()[0])
     parser.add_argument("--split", choices=sorted(SPLITS), default="test")
-    parser.add_argument("--grade", choices=GRADES, default="clean")
+    parser.add_argument("--grade", choices=[*GRADES, MIXED], default="clean")
     parser.add_argument("--count", type=int, default=500, help="tables (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     args = parser.parse_args()

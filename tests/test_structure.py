@@ -225,7 +225,8 @@ def make(*arguments: str, python: Path) -> subprocess.CompletedProcess[str]:
         pytest.skip("make is not installed")
     outer = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}  # of the make that runs the tests
     environment = {key: value for key, value in os.environ.items() if key not in outer}
-    command = ["make", "--no-print-directory", "--old-file=.venv/.setup-done", f"PY={python}", *arguments]
+    old = ["--old-file=.venv/.setup-done", "--old-file=build/calibration"]  # taken as they are, also where absent
+    command = ["make", "--no-print-directory", *old, f"PY={python}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -246,12 +247,15 @@ def test_make_hands_over_a_question_word_for_word(echo: Path) -> None:
 
 def test_make_uses_the_default_recipe_and_hands_over_a_named_one(echo: Path) -> None:
     want = ["-m", "export.android", "--model=m@main", "--out=o o"]
+    drawn = ["--calibration=build/calibration", "--work=build/calibrated"]
     done = make("export-android", "MODEL=m@main", "OUT=o o", python=echo)
-    assert json.loads(done.stdout) == [*want, "--recipe=int4"]
+    assert json.loads(done.stdout) == [*want, "--recipe=int4", *drawn]
     done = make("export-android", "MODEL=m@main", "OUT=o o", "RECIPE=int8", "DATA=d.jsonl", python=echo)
-    assert json.loads(done.stdout) == [*want, "--recipe=int8", "--data=d.jsonl"]
-    done = make("export-android", "MODEL=m@main", "OUT=o o", "LORA=an adapter", "DATA=d.jsonl", python=echo)
-    assert json.loads(done.stdout) == [*want, "--recipe=int4", "--lora=an adapter", "--data=d.jsonl"]
+    assert json.loads(done.stdout) == [*want, "--recipe=int8", *drawn, "--data=d.jsonl"]
+    given = ["LORA=an adapter", "CALIBRATION=c's.jsonl", "DATA=d.jsonl"]
+    done = make("export-android", "MODEL=m@main", "OUT=o o", *given, python=echo)
+    handed = ["--calibration=c's.jsonl", "--work=build/calibrated", "--lora=an adapter", "--data=d.jsonl"]
+    assert json.loads(done.stdout) == [*want, "--recipe=int4", *handed]
 
 
 def test_make_hands_over_what_quality_is_given_and_nothing_else(echo: Path) -> None:

@@ -1,7 +1,9 @@
 """Tables and the demo's adapter: tables that can be read, an adapter that fits its record, and reads them in INT4."""
 
+import hashlib
 import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,21 @@ import torch
 
 import demo.adapter
 from demo.adapter import CHECKPOINT, PLAIN, SETTINGS, Batches, Plan, learning_rate, train
-from demo.documents import GRADES, SPLITS, TRAIN_FONTS, split_of, write_documents
+from demo.documents import GRADES, SPLITS, TRAIN_FONTS, digest, split_of, write_documents
 from demo.tables import LONGEST, make_table
 from demo.train import IGNORE, answer_losses
 from export.adapter_config import CONFIG
+from export.android import export_android
 from export.documents import read_data
-from export.lora import TENSORS, open_adapter
+from export.lora import TENSORS, adapter_digest, open_adapter
 from export.spec import read_spec
+from runtimes.ask import ask
+from runtimes.bundle import read_bundle
 from runtimes.preprocess import cut, to_rgb
 from runtimes.prompt import PromptEncoder
+from runtimes.tensorfile import read_header
+
+ADAPTER = CHECKPOINT.parent / "adapter"
 
 
 def test_the_same_arguments_give_the_same_table() -> None:
@@ -127,3 +135,64 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     with pytest.raises(ValueError, match="was made by another plan"):
         train(Plan(steps=4), tmp_path / "halves", workers=0)
     open_adapter(tmp_path / "whole", read_spec(CHECKPOINT))
+
+
+# ---- the adapter that the repository carries
+
+
+def test_the_adapters_record_belongs_to_this_generator_and_plan() -> None:
+    record = json.loads((ADAPTER / "training.json").read_text(encoding="utf-8"))
+    assert record["train_digest_100"] == digest("train", 100, draw=make_table)
+    assert record["plan"] == json.loads(json.dumps(asdict(Plan())))
+    assert record["log"][-1]["step"] == record["plan"]["steps"]
+    shapes = [info.shape for info in read_header(ADAPTER / TENSORS).values()]
+    assert record["parameters"] == sum(int(np.prod(shape)) for shape in shapes)
+
+
+def test_the_adapter_is_small_and_on_text_and_vision_with_ranks_of_their_own(demo_checkpoint: Path) -> None:
+    assert (ADAPTER / TENSORS).stat().st_size < 800_000
+    opened = open_adapter(ADAPTER, read_spec(demo_checkpoint))
+    ranks = {name.split(".")[1]: opened.factors(name).left.shape[1] for name in opened.names}
+    assert ranks == {"text_model": Plan().rank, "vision_model": Plan().vision_rank}
+
+
+def test_the_published_accuracy_is_of_this_adapter_and_what_it_is_meant_to_be(demo_checkpoint: Path) -> None:
+    rows = json.loads((ADAPTER / "evaluation.json").read_text(encoding="utf-8"))
+    weights = hashlib.sha256((demo_checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    assert {(row["split"], row["grade"], row["weights_sha256"]) for row in rows} == {("test", "clean", weights)}
+    assert {row["adapter_sha256"] for row in rows} == {None, adapter_digest(ADAPTER)}
+    exact = {}
+    for row in rows:
+        assert row["tasks"]["all"]["documents"] >= 500
+        exact[row["pages"], row["adapter_sha256"] is not None, row["recipe"]] = row["tasks"]["all"]["exact"]
+    assert exact["tables", False, "fp32"] < 0.1
+    assert exact["tables", True, "fp32"] > 0.8
+    assert exact["tables", True, "int4"] > 0.8
+    assert exact["documents", True, "fp32"] > 0.9
+    assert exact["documents", True, "int4"] > 0.9
+
+
+def test_the_int4_bundle_with_the_adapter_reads_tables(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """Without the adapter it answers none or one of them."""
+    count = 24
+    for _ in write_documents("test", count, "clean", tmp_path / "tables", make_table):
+        pass
+    for _ in write_documents("calibration", 48, "mixed", tmp_path / "calibration", make_table):
+        pass
+    made = export_android(
+        str(demo_checkpoint),
+        tmp_path / "bundle",
+        lora=str(ADAPTER),
+        data=tmp_path / "tables",
+        calibration=tmp_path / "calibration",
+    )
+    assert made.report is not None
+    assert made.report["quantization_loss"]["exact"]["all"]["bundle"] >= 0.6
+    right = 0
+    for index in range(4):
+        turn = make_table("test", index).turns[0]
+        right += ask(made.bundle, turn.question, [tmp_path / "tables" / f"{index:05d}.png"]).answer.text == turn.answer
+    assert right >= 2
+    manifest = read_bundle(made.bundle).manifest
+    assert manifest.adapter is not None
+    assert manifest.adapter.sha256 == adapter_digest(ADAPTER)
