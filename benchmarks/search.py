@@ -6,7 +6,7 @@ Each group of tensors is quantized alone, in each format that it may have, and w
 measured: the mean KL divergence from full precision along the right answers. The loss of a whole recipe is predicted as
 the sum over its groups. That is a model, not a law: the divergence is about quadratic in what disturbs the logits, so
 that losses add up where the disturbances are small and have nothing to do with each other. Search by sensitivity rests
-on it (Z. Dong et al., HAWQ-V2, NeurIPS 2020, section 3; Z. Yao et al., HAWQ-V3, ICML 2021). So nothing is
+on it (Z. Dong et al., HAWQ-V2, NeurIPS 2020; Z. Yao et al., HAWQ-V3, ICML 2021). So nothing is
 written on its word: recipes along the front of size and predicted loss are measured whole, with the rounding that an
 export uses (by calibration, where documents for it are given), and prediction and measurement are reported together.
 
@@ -177,7 +177,7 @@ def settle(front: Sequence[Point], first: int, max_loss: float, measure: Callabl
     """The smallest point whose measured loss is within the limit, while that of the next smaller one is not.
 
     Measuring begins where the prediction says. By how far off it was there the next point is chosen, between the
-    smallest known to hold and the largest known to fail: most often a few are enough.
+    smallest known to hold and the largest known to fail; where that gets on slowly, the one in the middle.
 
     Args:
         first: the largest that may be chosen.
@@ -186,9 +186,9 @@ def settle(front: Sequence[Point], first: int, max_loss: float, measure: Callabl
     Raises:
         SearchError: no point from `first` on holds; with what is possible.
     """
-    holds, fails, scale = first - 1, len(front), 1.0
-    while fails - holds > 1:
-        guess = last_within_loss(front, max_loss, scale)
+    holds, fails, scale, slow = first - 1, len(front), 1.0, False
+    while (width := fails - holds) > 1:
+        guess = (holds + fails) // 2 if slow else last_within_loss(front, max_loss, scale)
         at = min(max(first if guess is None else guess, holds + 1), fails - 1)
         loss = measure(at)
         if loss <= max_loss:
@@ -196,6 +196,7 @@ def settle(front: Sequence[Point], first: int, max_loss: float, measure: Callabl
         else:
             fails = at
         scale = loss / front[at].loss if front[at].loss > 0 else 1.0
+        slow = 2 * (fails - holds) > width
     if holds < first:  # then `first` was measured last
         smallest = last_within_loss(front, max_loss, scale)
         raise SearchError(

@@ -104,7 +104,20 @@ def test_the_point_chosen_is_the_smallest_that_was_measured_to_hold(factor: floa
     chosen = settle(front, 3, 0.1, measure)
     assert factor * front[chosen].loss <= 0.1
     assert chosen + 1 == len(front) or factor * front[chosen + 1].loss > 0.1
-    assert len(seen) <= 4
+    assert len(seen) <= 6
+
+
+def test_few_points_are_measured_where_predictions_are_far_from_straight() -> None:
+    front = [Point((), 1000 - i, 0.001 * i) for i in range(500)]
+    for last in (0, 1, 250, 498, 499):
+        seen: list[int] = []
+
+        def measure(number: int, last: int = last, seen: list[int] = seen) -> float:
+            seen.append(number)
+            return 0.09 if number <= last else 0.11
+
+        assert settle(front, 0, 0.1, measure) == last
+        assert len(seen) <= 20
 
 
 def test_a_larger_point_is_taken_where_the_predicted_one_loses_too_much() -> None:
