@@ -17,6 +17,7 @@ from torch import Tensor
 
 from export.calibrate import calibration_prompts
 from export.documents import Document
+from export.prove import kl_divergence
 from export.spec import ModelSpec
 from export.torch_ops import Box, Prompts, TorchOps, multiply, run_decoder, run_vision
 from export.weights import WeightSource
@@ -114,7 +115,7 @@ class Documents:
         exact: list[bool] = []
         tokens = 0
         for (prompts, _, reference), logits in zip(self._batches, found, strict=True):
-            divergence = kl_rows(reference, logits)
+            divergence = np.array(kl_divergence(reference, logits))
             best, wanted = logits.argmax(axis=1), reference.argmax(axis=1)
             row = 0
             for ids, answer in zip(prompts.ids, prompts.answer, strict=True):
@@ -125,9 +126,3 @@ class Documents:
                 exact.append(best[rows].tolist() == list(ids[answer:]))
             tokens += row
         return Forced(np.array(kl), np.array(same), np.array(exact), tokens)
-
-
-def kl_rows(reference: F32, found: F32) -> npt.NDArray[np.float64]:
-    """KL(reference || found) in nats of each row's softmax; f32 [n, vocab] both."""
-    p, q = (torch.log_softmax(torch.from_numpy(x).double(), dim=1) for x in (reference, found))
-    return np.asarray((p.exp() * (p - q)).sum(dim=1).numpy())

@@ -19,13 +19,13 @@ from typing import Any
 
 from benchmarks.forced import Documents, Forced, Weighted
 from benchmarks.scores import mean_interval
-from export.calibrate import affordable_tokens, as_floats, calibrate, calibration_prompts, identity
+from export.calibrate import affordable_tokens, calibrate, calibration_prompts, identity
 from export.checkpoint import resolve
 from export.documents import DataError, read_data
 from export.processor import write_processor_files
 from export.spec import CheckpointError, read_spec
 from export.weights import WeightSource, open_weights
-from quantize.int4 import F32
+from quantize.int4 import F32, as_floats
 from quantize.recipe import Limits, Recipe, Scheme
 
 PROJECTIONS = "model.text_model.layers.*_proj.weight"

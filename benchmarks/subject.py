@@ -15,13 +15,13 @@ from torch import Tensor
 from benchmarks.forced import Documents, Forced, Weighted
 from benchmarks.groups import Group
 from benchmarks.scores import mean_interval, paired_summary, score_summary
-from export.calibrate import affordable_tokens, as_floats, calibrate, calibration_prompts, identity
+from export.calibrate import affordable_tokens, calibrate, calibration_prompts, identity
 from export.documents import Document
 from export.processor import write_processor_files
 from export.spec import read_spec
 from export.torch_ops import Prompts
 from export.weights import WeightSource, open_weights
-from quantize.int4 import F32
+from quantize.int4 import F32, as_floats
 from quantize.recipe import Recipe, Scheme
 
 SCHEMA = 1  # of measurements that are kept

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from export.calibrate import affordable_tokens, calibrate, calibration_documents, calibration_prompts, identity
+from export.calibrate import calibrate_on, calibration_documents
 from export.checkpoint import ADAPTER_FILES, Checkpoint, resolve
 from export.documents import DataError, Document, read_data
 from export.lora import adapter_digest, open_merged
@@ -101,11 +101,17 @@ def calibrated(job: Job, stage: Path, out: Path, work: Path | None, progress: Ca
     """
     if not job.recipe.calibrated:
         return job
-    model = identity(job.checkpoint.folder, job.adapter.sha256 if job.adapter else "")
-    folder = work or out.with_name(out.name + ".calibration")
-    prompts, used = calibration_prompts(stage, job.calibrating, affordable_tokens(job.spec))
-    progress(f"calibration: {used.documents} documents of at most {used.tiles} tiles, kept in {folder}")
-    source = calibrate(model, job.spec, job.weights, job.recipe, prompts, folder, progress)
+    source, used = calibrate_on(
+        job.calibrating,
+        job.checkpoint.folder,
+        job.spec,
+        job.weights,
+        job.recipe,
+        work or out.with_name(out.name + ".calibration"),
+        progress,
+        adapter=job.adapter.sha256 if job.adapter else "",
+        processor=stage,
+    )
     return replace(job, source=source, calibration=used)
 
 

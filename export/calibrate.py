@@ -35,7 +35,7 @@ from export.spec import CheckpointError, ModelSpec, read_spec
 from export.torch_ops import ROWS, Box, Prompts, Resumption, TorchOps, multiply, run_decoder, run_vision
 from export.weights import WeightSource, matrix_shape, naming, open_weights, rounded, uncalibrated
 from quantize.gptq import feedback, quantize_gptq
-from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
+from quantize.int4 import F32, ColumnTensor, QTensor, as_floats, dequantize
 from quantize.recipe import DEFAULT, UNCALIBRATED, Recipe, RecipeError, Scheme, load_recipe
 from quantize.scaling import input_factors, sampled, weight_factors
 from runtimes.manifest import Calibration
@@ -204,11 +204,6 @@ def second_moments(x: Tensor) -> F32:
         torch.mm(x[:, start:].T, x[:, start:stop], out=out[start:, start:stop])
         out[start:stop, stop:] = out[stop:, start:stop].T
     return out.numpy()
-
-
-def as_floats(tensor: QTensor | ColumnTensor) -> F32:
-    """f32 [N, K], what integers stand for."""
-    return dequantize(tensor) if isinstance(tensor, QTensor) else dequantize_columns(tensor)
 
 
 class Calibrated:
@@ -413,6 +408,40 @@ def choose_factors(
     return chosen
 
 
+def calibrate_on(
+    documents: Sequence[Document],
+    folder: Path,
+    spec: ModelSpec,
+    weights: WeightSource,
+    recipe: Recipe,
+    work: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    adapter: str = "",
+    processor: Path | None = None,
+) -> tuple[Calibrated, Calibration]:
+    """`calibrate` on as many of the documents as two cores get through; what it ran on, for the manifest.
+
+    Args:
+        folder: the checkpoint.
+        adapter: the digest of an adapter that is merged into `weights`.
+        processor: holds the bundle's processor files; None: those of the checkpoint as it is.
+
+    Raises:
+        CheckpointError, RecipeError, DataError: naming what cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if processor is None:
+            processor = Path(scratch)
+            write_processor_files(folder, spec, processor, None)
+        prompts, used = calibration_prompts(processor, documents, affordable_tokens(spec))
+    progress(f"calibration: {used.documents} documents of at most {used.tiles} tiles, kept in {work}")
+    try:
+        return calibrate(identity(folder, adapter), spec, weights, recipe, prompts, work, progress), used
+    except TensorFileError as exc:
+        raise CheckpointError(f"{exc}; remove what calibration kept in {work} and begin again") from exc
+
+
 def identity(folder: Path, adapter: str = "") -> str:
     """SHA-256 over a checkpoint's config.json and weights, and the digest of an adapter that is merged into them."""
     sha = hashlib.sha256(adapter.encode())
@@ -546,13 +575,11 @@ def main() -> int:
         folder = resolve(args.model).folder
         spec = read_spec(folder)
         weights = open_weights(folder, spec)
-        with tempfile.TemporaryDirectory() as scratch:
-            write_processor_files(folder, spec, Path(scratch), None)
-            prompts, used = calibration_prompts(Path(scratch), documents, affordable_tokens(spec))
-        progress(f"{used.documents} documents of at most {used.tiles} tiles, {used.tokens} tokens")
-        calibrate(identity(folder), spec, weights, recipe, prompts, args.work, progress)
+        _, used = calibrate_on(documents, folder, spec, weights, recipe, args.work, progress)
     except (CheckpointError, RecipeError, DataError) as exc:
         print(f"error: {exc}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"ok": False, "error": str(exc)}))
         return 2
     print(f"recipe {recipe.name} is calibrated in {args.work} ({time.monotonic() - began:.1f} s)")
     if args.json:

@@ -10,22 +10,20 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from export.calibrate import affordable_tokens, calibrate, calibration_documents, calibration_prompts, identity
+from export.calibrate import calibrate_on, calibration_documents
 from export.checkpoint import ADAPTER_FILES, resolve
 from export.documents import DataError
 from export.lora import adapter_digest, open_merged
-from export.processor import write_processor_files
 from export.smolvlm import matrices
 from export.spec import CheckpointError, ModelSpec, read_spec, tensor_shapes
 from export.weights import WeightSource
-from quantize.int4 import F32, ColumnTensor, QTensor, dequantize, dequantize_columns
+from quantize.int4 import F32, ColumnTensor, QTensor, as_floats
 from quantize.recipe import DEFAULT, Recipe, RecipeError, load_recipe
 from runtimes.bundle import stage_bundle
 from runtimes.manifest import BundleError
@@ -56,7 +54,7 @@ class Dequantized:
         integers = self._kept.get(name) or self._weights.quantized(name, self._recipe.scheme(name))
         if self._keep:
             self._kept[name] = integers
-        return dequantize(integers) if isinstance(integers, QTensor) else dequantize_columns(integers)
+        return as_floats(integers)
 
 
 def write_dequantized(
@@ -125,17 +123,15 @@ def main() -> int:
         folder, calibrated = resolve(args.model).folder, None
         if recipe.calibrated:
             spec = read_spec(folder)
-            with tempfile.TemporaryDirectory() as scratch:
-                write_processor_files(folder, spec, Path(scratch), None)
-                prompts, _ = calibration_prompts(Path(scratch), calibrating, affordable_tokens(spec))
-            calibrated = calibrate(
-                identity(folder, adapter_digest(adapter) if adapter else ""),
+            calibrated, _ = calibrate_on(
+                calibrating,
+                folder,
                 spec,
                 open_merged(folder, spec, adapter),
                 recipe,
-                prompts,
                 args.work or args.out.with_name(args.out.name + ".calibration"),
                 lambda text: print(text, file=sys.stderr),
+                adapter=adapter_digest(adapter) if adapter else "",
             )
         for shard in write_dequantized(folder, recipe, args.out, adapter, calibrated):
             print(f"wrote {shard}", file=sys.stderr)

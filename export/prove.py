@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from export.calibrate import affordable_tokens, calibrate, calibration_documents, calibration_prompts, identity
+from export.calibrate import calibrate_on, calibration_documents
 from export.checkpoint import ADAPTER_FILES, Checkpoint, resolve
 from export.documents import DataError, Document, read_data
 from export.lora import adapter_digest, open_merged
@@ -470,15 +470,21 @@ def prove_bundle(
     _check_adapter(bundle, adapter)
     source: WeightSource = weights
     if recipe.calibrated:
-        calibrating = calibration_documents(recipe, calibration)
-        prompts, used = calibration_prompts(bundle.folder, calibrating, affordable_tokens(spec))
+        source, used = calibrate_on(
+            calibration_documents(recipe, calibration),
+            checkpoint.folder,
+            spec,
+            weights,
+            recipe,
+            work or bundle.folder.with_name(bundle.folder.name + ".calibration"),
+            progress,
+            adapter=bundle.manifest.adapter.sha256 if bundle.manifest.adapter else "",
+            processor=bundle.folder,
+        )
         if used != bundle.manifest.calibration:
             raise BundleError(
                 f"{bundle.folder}: was calibrated on {bundle.manifest.calibration}, {calibration} gives {used}"
             )
-        made = identity(checkpoint.folder, bundle.manifest.adapter.sha256 if bundle.manifest.adapter else "")
-        folder = work or bundle.folder.with_name(bundle.folder.name + ".calibration")
-        source = calibrate(made, spec, weights, recipe, prompts, folder, progress)
     with tempfile.TemporaryDirectory(dir=bundle.folder.parent, prefix=".proof-") as scratch:
         view = Path(scratch)
         for entry in bundle.manifest.files:  # the proof writes beside links to the payload, not into the bundle

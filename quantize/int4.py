@@ -257,3 +257,8 @@ def quantize_columns(
 def dequantize_columns(tensor: ColumnTensor) -> F32:
     """The matrix that the integers stand for: f32 [N, K]."""
     return tensor.values.astype(np.float32) * tensor.scales[:, None].astype(np.float32)
+
+
+def as_floats(tensor: QTensor | ColumnTensor) -> F32:
+    """f32 [N, K], what integers of either format stand for."""
+    return dequantize(tensor) if isinstance(tensor, QTensor) else dequantize_columns(tensor)

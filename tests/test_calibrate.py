@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 import torch
 
 import export.calibrate
 from benchmarks.forced import Documents, Weighted
+from export.android import export_android
 from export.calibrate import (
     Calibrated,
     Moments,
     affordable_tokens,
     calibrate,
+    calibrate_on,
     calibration_documents,
     calibration_prompts,
     changed_outputs,
@@ -36,10 +39,14 @@ from export.spec import CheckpointError, ModelSpec, read_spec
 from export.torch_ops import Prompts, TorchOps, run_decoder, run_vision
 from export.weights import Weights, open_weights
 from quantize.gptq import quantize_gptq
-from quantize.int4 import F32, dequantize, quantize_blocks
+from quantize.int4 import F32, as_floats, dequantize, quantize_blocks
 from quantize.recipe import Recipe, RecipeError, load_recipe, parse_recipe
+from runtimes.bundle import read_bundle
 from runtimes.prompt import PromptEncoder
 from tests.checkpoints import make_checkpoint
+from tests.conftest import LOOSE
+
+FC1 = "model.vision_model.encoder.layers.0.mlp.fc1.weight"
 
 
 class Case:
@@ -103,7 +110,7 @@ def test_folded_factors_leave_the_model_bit_for_bit_as_it_was(
     changed = [name for name in case.weights.names if not np.array_equal(folded[name], case.weights[name])]
     assert len(changed) > 10 * case.spec.text.layers
     before, after = (logits(w, case.spec, case.prompts) for w in (case.weights, folded))
-    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+    assert np.array_equal(after, before)
 
 
 def recipe(
@@ -129,7 +136,7 @@ def test_calibrated_four_bits_have_at_most_half_the_kl_of_plain_rounding(demo: C
 
         def changed(name: str, source: Calibrated = source, rules: Recipe = rules) -> F32 | None:
             scheme = rules.scheme(name)
-            return None if scheme.format == "float" else export.calibrate.as_floats(source.quantized(name, scheme))
+            return None if scheme.format == "float" else as_floats(source.quantized(name, scheme))
 
         kl[rounding] = documents.measure(Weighted(source, changed), vision=False).kl_mean
     assert kl["gptq"] < 0.5 * kl["nearest"]
@@ -192,6 +199,49 @@ def test_other_documents_weights_or_rules_are_other_results(tiny: Case, tmp_path
     content[-1] ^= 1
     (changed / "model.safetensors").write_bytes(content)
     assert identity(changed) != identity(tiny.checkpoint)
+
+
+def test_static_ranges_are_those_that_were_seen_and_serve_the_graph(
+    tiny: Case, tiny_checkpoint: Path, calibration: Path, tmp_path: Path
+) -> None:
+    text = Path(LOOSE).read_text().replace("reduced_range = false", 'reduced_range = false\nactivations = "static"')
+    (tmp_path / "static.toml").write_text(text)
+    rules = load_recipe(str(tmp_path / "static.toml"))
+    assert rules.calibrated
+    with pytest.raises(CheckpointError, match="its activations are static, which needs calibration documents"):
+        tiny.weights.input_range(FC1)
+    done = export_android(
+        str(tiny_checkpoint), tmp_path / "bundle", str(tmp_path / "static.toml"), calibration=calibration
+    )
+    assert done.report is not None  # proven: the graph with static ranges is close to its twin
+    assert read_bundle(done.bundle).manifest.recipe.tensors[FC1]["activations"] == "static"
+    source = calibrate("tiny", tiny.spec, tiny.weights, rules, tiny.prompts, tmp_path / "work")
+    low, high = source.input_range(FC1)
+    assert low < 0 < high
+    graph = onnx.load(done.bundle / "onnx" / "vision_encoder_quantized.onnx", load_external_data=False)
+    (scan,) = [node for node in graph.graph.node if node.op_type == "Scan"]
+    kinds = [node.op_type for node in scan.attribute[0].g.node] if scan.attribute[0].HasField("g") else []
+    kinds += [node.op_type for attribute in scan.attribute[1:] for node in attribute.g.node]
+    assert kinds.count("QuantizeLinear") == 4 * tiny.spec.vision.layers + 1  # q, k and v share theirs
+    assert "DynamicQuantizeLinear" not in kinds
+
+
+def test_a_damaged_state_is_refused_with_the_remedy(tiny: Case, calibration: Path, tmp_path: Path) -> None:
+    rules, documents, work = recipe(), read_data(calibration, 6), tmp_path / "work"
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(text: str) -> None:
+        if "layer 3" in text:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        calibrate_on(documents, tiny.checkpoint, tiny.spec, tiny.weights, rules, work, stopping)
+    (state,) = work.glob("*/rounding.state")
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"rounding\.state.*remove what calibration kept in"):
+        calibrate_on(documents, tiny.checkpoint, tiny.spec, tiny.weights, rules, work)
 
 
 def test_damaged_integers_are_refused_by_the_files_name(tiny: Case, tmp_path: Path) -> None:
