@@ -33,7 +33,7 @@ from export.processor import write_processor_files
 from export.smolvlm import EMBED, HEAD, TEXT, VISION, matrices
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.torch_ops import ROWS, Box, Prompts, Resumption, TorchOps, multiply, run_decoder, run_vision
-from export.weights import WeightSource, matrix_shape, naming, open_weights, rounded, uncalibrated
+from export.weights import WeightSource, matrix_shape, naming, open_weights
 from quantize.gptq import feedback, quantize_gptq
 from quantize.int4 import F32, ColumnTensor, QTensor, as_floats, dequantize
 from quantize.recipe import DEFAULT, UNCALIBRATED, Recipe, RecipeError, Scheme, load_recipe
@@ -206,7 +206,7 @@ def second_moments(x: Tensor) -> F32:
     return out.numpy()
 
 
-class Calibrated:
+class Calibrated(WeightSource):
     """A WeightSource with factors folded in, and the integers that were chosen for it.
 
     Args:
@@ -226,19 +226,14 @@ class Calibrated:
         """Rows [start, stop) of a tensor's first dimension. Raises CheckpointError as the weights do."""
         return self._folded.rows(name, start, stop)
 
-    def __getitem__(self, name: str) -> F32:
-        return self._folded[name]
-
     def input_range(self, name: str) -> tuple[float, float]:
         """The smallest and largest input of a matrix. Raises CheckpointError where calibration has not seen it."""
-        if name not in self._ranges:
-            raise uncalibrated(name)
-        return self._ranges[name]
+        return self._ranges[name] if name in self._ranges else super().input_range(name)
 
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
         """A matrix in the scheme's format. Raises CheckpointError, naming a file that is not what it should be."""
         if scheme.rounding != "gptq":
-            return rounded(self, name, scheme)
+            return super().quantized(name, scheme)
         path, (n, k) = self._folder / f"{name}.safetensors", matrix_shape(self, name)
         blocks = -(-k // scheme.block)
         width = scheme.block // 2 if scheme.bits == 4 else scheme.block

@@ -14,9 +14,8 @@ import numpy as np
 
 from export.smolvlm import HEAD, TEXT, VISION
 from export.spec import ModelSpec
-from export.weights import WeightSource, rounded, uncalibrated
-from quantize.int4 import F32, ColumnTensor, QTensor
-from quantize.recipe import Scheme
+from export.weights import WeightSource
+from quantize.int4 import F32
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def folds(spec: ModelSpec) -> Iterator[Fold]:
         yield Fold((f"{TEXT}.norm.weight",), (HEAD,))
 
 
-class Folded:
+class Folded(WeightSource):
     """A WeightSource with factors folded in.
 
     Args:
@@ -95,14 +94,3 @@ class Folded:
         if (multiplied := self.columns.get(name)) is not None:
             rows = rows * multiplied
         return rows
-
-    def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
-        """A matrix, factors and all, in the scheme's format; see `rounded`."""
-        return rounded(self, name, scheme)
-
-    def input_range(self, name: str) -> tuple[float, float]:
-        """Raises CheckpointError: weights alone do not know."""
-        raise uncalibrated(name)
-
-    def __getitem__(self, name: str) -> F32:
-        return self.rows(name, 0, self.shape(name)[0])

@@ -16,9 +16,7 @@ import numpy as np
 from export.adapter_config import CONFIG, CONVOLUTION, EMBEDDING, LINEAR, Adapted, Module, read_adapter_config
 from export.spec import CheckpointError, ModelSpec, tensor_shapes
 from export.weights import EMBEDDING as TABLE
-from export.weights import F32, FLOATS, HEAD, Weights, WeightSource, listed, open_weights, rounded, uncalibrated
-from quantize.int4 import ColumnTensor, QTensor
-from quantize.recipe import Scheme
+from export.weights import F32, FLOATS, HEAD, Weights, WeightSource, listed, open_weights
 from runtimes.tensorfile import TensorFileError, read_header
 
 TENSORS = "adapter_model.safetensors"
@@ -74,7 +72,7 @@ class Adapter:
         return None if base is None else self._tensors.rows(base, start, stop)
 
 
-class Merged:
+class Merged(WeightSource):
     """A `WeightSource`: a checkpoint's weights with an adapter merged in. Any number of threads may read."""
 
     def __init__(self, weights: WeightSource, adapter: Adapter) -> None:
@@ -105,17 +103,6 @@ class Merged:
         if not np.isfinite(flat).all():
             raise CheckpointError(f"{self._adapter.path}: makes {name} NaN or infinite, want finite numbers")
         return values
-
-    def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
-        """A merged matrix in the scheme's format; see `rounded`."""
-        return rounded(self, name, scheme)
-
-    def input_range(self, name: str) -> tuple[float, float]:
-        """Raises CheckpointError: weights alone do not know."""
-        raise uncalibrated(name)
-
-    def __getitem__(self, name: str) -> F32:
-        return self.rows(name, 0, self.shape(name)[0])
 
     def _factors(self, name: str) -> Factors:
         last = self._last

@@ -30,19 +30,37 @@ SLAB = 1 << 20  # values checked or compared at a time
 
 
 class WeightSource(Protocol):
-    """Tensors by Hugging Face name, in float32, as a whole or some rows at a time."""
+    """Tensors by Hugging Face name, in float32, as a whole or some rows at a time: shapes and rows are enough."""
 
-    def __getitem__(self, name: str) -> F32: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def rows(self, name: str, start: int, stop: int) -> F32: ...
+
+    def __getitem__(self, name: str) -> F32:
+        return self.rows(name, 0, self.shape(name)[0])
+
     def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
-        """A matrix in the scheme's format. Raises CheckpointError, naming a tensor that has no fp16 scale."""
+        """A matrix in the scheme's format, weight by weight: without activations.
+
+        Raises:
+            CheckpointError: naming the tensor, if it has no fp16 scale, or if the scheme cannot do without activations.
+        """
+        rows, shape = partial(self.rows, name), matrix_shape(self, name)
+        with naming(name):
+            if scheme.format == "column":
+                return quantize_columns(rows, shape, reduced_range=scheme.reduced_range)
+            if scheme.rounding == "gptq":
+                raise ValueError("its rounding is gptq, which needs calibration documents")
+            fit = scheme.rounding == "fitted"
+            return quantize_blocks(
+                rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric, fit=fit
+            )
 
     def input_range(self, name: str) -> tuple[float, float]:
         """The smallest and largest input of a matrix. Raises CheckpointError where calibration has not seen it."""
+        raise CheckpointError(f"{name}: its activations are static, which needs calibration documents")
 
 
-class Weights(Mapping[str, F32]):
+class Weights(WeightSource, Mapping[str, F32]):
     """Tensor name -> its values in float32, read anew each time; any number of threads may read."""
 
     def __init__(self, places: Mapping[str, tuple[Path, TensorInfo]]) -> None:
@@ -79,17 +97,6 @@ class Weights(Mapping[str, F32]):
                 index[0] += start
                 raise CheckpointError(f"{path}: {name}{index} is {flat[where]}, want finite numbers")
         return values
-
-    def __getitem__(self, name: str) -> F32:
-        return self.rows(name, 0, self.shape(name)[0])
-
-    def quantized(self, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
-        """A matrix in the scheme's format; see `rounded`."""
-        return rounded(self, name, scheme)
-
-    def input_range(self, name: str) -> tuple[float, float]:
-        """Raises CheckpointError: weights alone do not know."""
-        raise uncalibrated(name)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._places
@@ -150,27 +157,6 @@ def block_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -
 def column_tensors(weights: WeightSource, names: Sequence[str], scheme: Scheme) -> list[ColumnTensor]:
     """Matrices by a scheme of format "column". Raises CheckpointError as `WeightSource.quantized`."""
     return [cast(ColumnTensor, weights.quantized(name, scheme)) for name in names]
-
-
-def uncalibrated(name: str) -> CheckpointError:
-    """The error of a matrix whose inputs nobody has seen."""
-    return CheckpointError(f"{name}: its activations are static, which needs calibration documents")
-
-
-def rounded(weights: WeightSource, name: str, scheme: Scheme) -> QTensor | ColumnTensor:
-    """A matrix quantized weight by weight, which needs no activations.
-
-    Raises:
-        CheckpointError: naming the tensor, if it has no fp16 scale, or if the scheme cannot do without activations.
-    """
-    rows, shape = partial(weights.rows, name), matrix_shape(weights, name)
-    with naming(name):
-        if scheme.format == "column":
-            return quantize_columns(rows, shape, reduced_range=scheme.reduced_range)
-        if scheme.rounding == "gptq":
-            raise ValueError("its rounding is gptq, which needs calibration documents")
-        fit = scheme.rounding == "fitted"
-        return quantize_blocks(rows, shape, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric, fit=fit)
 
 
 @contextmanager
