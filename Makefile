@@ -9,12 +9,12 @@ DRAWN := build/calibration
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality search clean
+.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality search bench clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -64,6 +64,9 @@ quality: $(STAMP)  ## BUNDLE=folder DATA=file [MODEL=reference] [IMAGES=folder] 
 
 search: $(STAMP)  ## MODEL=folder-or-hub-id DATA=documents.jsonl MAX_SIZE=900MB MAX_LOSS=0.01 OUT=mine.toml [CALIBRATION=documents.jsonl] [GROUPED=layer] [LIMIT=number] [WORK=folder] [PLOT=front.svg]
 	@$(PY) -m benchmarks.search --data="$${DATA:?is missing: documents.jsonl}" --max-size="$${MAX_SIZE:?is missing: megabytes, or a part}" --max-loss="$${MAX_LOSS:?is missing: a mean KL}" --out="$${OUT:?is missing: the new .toml file}" $${CALIBRATION:+--calibration="$$CALIBRATION"} $${GROUPED:+--groups="$$GROUPED"} $${LIMIT:+--limit="$$LIMIT"} $${WORK:+--work="$$WORK"} $${PLOT:+--plot="$$PLOT"} -- "$${MODEL:?is missing: a folder or a hub id}"
+
+bench: $(STAMP)  ## BUNDLE=folder [PROFILE=pixel-8] [OUT=runs.jsonl]: latency and memory here, within a device's limits
+	@$(PY) -m benchmarks.run $${PROFILE:+--profile="$$PROFILE"} $${OUT:+--out="$$OUT"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
 clean:  ## remove the demo's bundles and every cache (.venv and other builds stay)
 	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules
