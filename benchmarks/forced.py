@@ -95,7 +95,9 @@ class Documents:
         self._batches: list[tuple[Prompts, Tensor, F32]] = []
         for start in range(0, len(documents), BATCH):
             progress(f"full precision: document {start} of {len(documents)}")
-            prompts, _ = calibration_prompts(processor, documents[start : start + BATCH], 1 << 40)
+            prompts, _ = calibration_prompts(
+                processor, documents[start : start + BATCH], 1 << 40, spec.text.max_positions
+            )
             tensors = Weighted(weights)
             features = run_vision(TorchOps(spec, tensors, prompts)).tensor
             self._batches.append((prompts, features, run_decoder(TorchOps(spec, tensors, prompts), Box(features))))

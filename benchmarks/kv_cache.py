@@ -77,7 +77,9 @@ def compare(
     with tempfile.TemporaryDirectory() as scratch:
         processor = Path(scratch)
         write_processor_files(folder, spec, processor, None)
-        prompts, used = calibration_prompts(processor, read_data(calibration), affordable_tokens(spec))
+        prompts, used = calibration_prompts(
+            processor, read_data(calibration), affordable_tokens(spec), spec.text.max_positions
+        )
         progress(f"calibration: {used.tokens} tokens")
 
         def ops(tensors: Weighted, prompts: Prompts = prompts, **more: Any) -> TorchOps:

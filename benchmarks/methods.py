@@ -98,7 +98,9 @@ def compare(
         processor, work = Path(scratch) / "processor", Path(scratch) / "work"
         processor.mkdir()
         write_processor_files(folder, spec, processor, None)
-        prompts, used = calibration_prompts(processor, read_data(calibration), affordable_tokens(spec))
+        prompts, used = calibration_prompts(
+            processor, read_data(calibration), affordable_tokens(spec), spec.text.max_positions
+        )
         sets = {path.name: Documents(spec, weights, processor, read_data(path, limit), progress) for path in data}
         for block in blocks:
             for bit in bits:

@@ -64,7 +64,9 @@ class Subject:
         self.calibration: Prompts | None = None
         self.calibration_digest: str | None = None
         if calibrating:
-            self.calibration, used = calibration_prompts(scratch, calibrating, affordable_tokens(self.spec))
+            self.calibration, used = calibration_prompts(
+                scratch, calibrating, affordable_tokens(self.spec), self.spec.text.max_positions
+            )
             self.calibration_digest = used.sha256
 
     @cached_property

@@ -5,6 +5,7 @@
 Documents run through the model in two passes. The first, in full precision, notes each channel's range and mean square,
 from which factors are chosen and folded into the weights. The second goes layer by layer: the inputs of every product
 are what the layers before it, already quantized, make of the documents, and its integers are chosen for them (GPTQ).
+Left out, because it is too little to be felt: activations in 8 bits, and a vision tower of which nothing has GPTQ.
 Both keep their place after each layer, so that a stopped run goes on. Memory: a layer, and the documents' activations.
 """
 
@@ -30,7 +31,7 @@ from export.checkpoint import resolve
 from export.documents import DataError, Document, read_data
 from export.folds import Fold, Folded, folds
 from export.processor import write_processor_files
-from export.smolvlm import EMBED, HEAD, TEXT, VISION, matrices
+from export.smolvlm import CONNECTOR, EMBED, HEAD, TEXT, VISION, matrices
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.torch_ops import ROWS, Box, Prompts, Resumption, TorchOps, multiply, run_decoder, run_vision
 from export.weights import WeightSource, matrix_shape, naming, open_weights
@@ -52,11 +53,11 @@ from runtimes.preprocess import (
 from runtimes.prompt import ImagePart, Message, PromptEncoder
 from runtimes.tensorfile import TensorFileError, read_header, read_tensor, write_tensors
 
-VERSION = 1  # of what is kept in a work folder; results of another version are not taken up
+VERSION = 2  # of what is kept in a work folder; results of another version are not taken up
 MOST_TOKENS = 16384  # of prompts and answers; beyond it little is gained
 WORK = 2.2e13  # weights times what passes through them: 4,100 tokens of the 2.2B, 15,000 of the 256M
 ENOUGH = 32  # documents: for fewer, images are given a smaller token budget
-OBSERVED = 8  # documents of the first pass
+OBSERVED = 8  # documents of the first pass, those with images before those without
 LAST = (EMBED, HEAD)  # the matrix that gives logits, which calibration has no use for
 COLUMNS = 2048  # inputs whose second moments are summed at a time
 
@@ -115,6 +116,23 @@ def _read_moments(path: Path) -> dict[str, Moments]:
     return {n: Moments(**{p: np.asarray(read_tensor(path, header[f"{p}:{n}"])) for p in parts}) for n in names}
 
 
+class _Rows(WeightSource):
+    """A matrix in memory, under its name."""
+
+    def __init__(self, name: str, matrix: F32) -> None:
+        self._name, self._matrix = name, matrix
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the matrix."""
+        assert name == self._name
+        return self._matrix.shape
+
+    def rows(self, name: str, start: int, stop: int) -> F32:
+        """Rows [start, stop)."""
+        assert name == self._name
+        return self._matrix[start:stop]
+
+
 class Exact(_Source):
     """Weights as they are."""
 
@@ -132,6 +150,14 @@ class Rounding(_Source):
     def __init__(self, weights: WeightSource, recipe: Recipe, keep: Callable[[str, QTensor], None]) -> None:
         super().__init__(weights)
         self._recipe, self._keep = recipe, keep
+
+    def rows(self, name: str, ids: npt.NDArray[np.int64]) -> F32:
+        looked_up, scheme = super().rows(name, ids), self._recipe.scheme(name)
+        if scheme.format == "float":
+            return looked_up
+        half = len(ids) // 2
+        now = _Rows(name, looked_up[half:]).quantized(name, scheme)
+        return np.concatenate([looked_up[:half], as_floats(now)])
 
     def product(self, names: Sequence[str], x: Tensor) -> Tensor:
         before, now = x.chunk(2)
@@ -278,13 +304,17 @@ def calibrate(
         work: folder for what is kept, a folder for each combination of weights, recipe and prompts.
 
     Raises:
-        CheckpointError: naming a tensor that cannot be quantized. RecipeError: the recipe asks for what cannot be.
+        CheckpointError: naming a tensor that cannot be quantized, or a folder that cannot be used. RecipeError: the
+            recipe asks for what cannot be. DataError: no document has the image that a vision tower is calibrated on.
     """
     if recipe.scheme(EMBED).rounding == "gptq":
         raise RecipeError(f"recipe {recipe.name}: {EMBED} is looked up, not multiplied: its rounding cannot be gptq")
     folder = work / _key(model, spec, recipe, prompts)
     integers = folder / "integers"
-    integers.mkdir(parents=True, exist_ok=True)
+    try:
+        integers.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise CheckpointError(f"{integers}: cannot be made: {exc.strerror or exc}") from exc
     with FileLock(folder / "lock"):
         static = [name for name in matrices(spec) if recipe.scheme(name).activations == "static"]
         chosen: list[tuple[Fold, F32]] = []
@@ -293,6 +323,9 @@ def calibrate(
             chosen, ranges = _observed(spec, weights, recipe, prompts, static, folder, progress)
         source = Calibrated(Folded(weights, chosen), integers, ranges)
         quantized = {name for name in matrices(spec) if recipe.scheme(name).rounding == "gptq"}
+        seen = sorted(name for name in quantized if _sees(name))
+        if seen and not len(prompts.tiles):
+            raise DataError(f"no calibration document has an image, which the rounding of {seen[0]} needs")
         if all((integers / f"{name}.safetensors").exists() for name in quantized):
             return source
 
@@ -306,7 +339,6 @@ def calibrate(
 
         state = folder / "rounding.state"
         resumption = Resumption(state, _counted(spec, "rounding", progress))
-        seen = any(name.startswith(VISION) or "connector" in name for name in quantized)
         twice = prompts.twice()
         rounding = Rounding(source, recipe, keep)
         features = run_vision(
@@ -319,6 +351,11 @@ def calibrate(
             raise CheckpointError(f"{folder}: lacks the integers of {missing[0]}; remove the folder and begin again")
         state.unlink(missing_ok=True)
     return source
+
+
+def _sees(name: str) -> bool:
+    """Whether a matrix is part of the vision tower, or of what follows it."""
+    return name.startswith(VISION) or name == CONNECTOR
 
 
 def _observed(
@@ -334,7 +371,9 @@ def _observed(
     path = folder / "factors.safetensors"
     every = list(folds(spec))
     if not path.exists():
-        few = prompts.first(OBSERVED)
+        few = prompts.chosen(sorted(range(len(prompts.counts)), key=lambda i: not prompts.counts[i])[:OBSERVED])
+        if static and not len(few.tiles):
+            raise DataError(f"no calibration document has an image, which the activations of {static[0]} need")
         seen, state = folder / "observed.safetensors", folder / "observing.state"
         observed = Observed(weights, _read_moments(seen))
         say = _counted(spec, "observing", progress)
@@ -378,7 +417,7 @@ def choose_factors(
     for fold in folds(spec):
         source = Folded(weights, chosen)
         scheme = recipe.scheme(fold.readers[0])
-        if scheme.format == "float":
+        if scheme.format == "float" or fold.readers[0] not in moments:  # no document has an image
             continue
         seen = moments[fold.readers[0]]
         matrices = []
@@ -429,7 +468,7 @@ def calibrate_on(
         if processor is None:
             processor = Path(scratch)
             write_processor_files(folder, spec, processor, None)
-        prompts, used = calibration_prompts(processor, documents, affordable_tokens(spec))
+        prompts, used = calibration_prompts(processor, documents, affordable_tokens(spec), spec.text.max_positions)
     progress(f"calibration: {used.documents} documents of at most {used.tiles} tiles, kept in {work}")
     try:
         return calibrate(identity(folder, adapter), spec, weights, recipe, prompts, work, progress), used
@@ -455,7 +494,9 @@ def affordable_tokens(spec: ModelSpec) -> int:
     return int(min(MOST_TOKENS, WORK / (decoder + tower * vision.patches / spec.tokens_per_tile)))
 
 
-def calibration_prompts(folder: Path, documents: Sequence[Document], tokens: int) -> tuple[Prompts, Calibration]:
+def calibration_prompts(
+    folder: Path, documents: Sequence[Document], tokens: int, context: int
+) -> tuple[Prompts, Calibration]:
     """Documents as the model will see them, their answers after them, as many as fit.
 
     Images get the largest token budget, up to the bundle's own, at which ENOUGH documents (or all) fit.
@@ -463,6 +504,7 @@ def calibration_prompts(folder: Path, documents: Sequence[Document], tokens: int
     Args:
         folder: holds the bundle's tokenizer and preprocessor_config.json.
         tokens: at most this many in all.
+        context: the most that the model takes at once.
 
     Raises:
         DataError: naming a document that cannot be used.
@@ -480,6 +522,10 @@ def calibration_prompts(folder: Path, documents: Sequence[Document], tokens: int
     sha = hashlib.sha256()
     for number, document in enumerate(documents):
         one = made[number] if number < len(made) else _prompt(document, budget, encoder)
+        if len(one[0]) > context:
+            raise DataError(
+                f"{_which(document)}: {len(one[0]):,} tokens with its answer, the model takes {context:,} at once"
+            )
         if kept and total + len(one[0]) > tokens:
             break
         total += len(one[0])
@@ -516,9 +562,13 @@ def _prompt(
             while whole[-1] != encoder.end_id:  # a newline follows the answer's end
                 whole.pop()
     except (ImageError, ValueError) as exc:
-        raise DataError(f"{document.image or repr(document.question[:80])}: {exc}") from exc
+        raise DataError(f"{_which(document)}: {exc}") from exc
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, whole, strict=False)))
     return tuple(whole), same, tiles
+
+
+def _which(document: Document) -> str:
+    return str(document.image or repr(document.question[:80]))
 
 
 def _counted(spec: ModelSpec, what: str, progress: Callable[[str], None]) -> Callable[[str], None]:
@@ -545,6 +595,8 @@ def _key(model: str, spec: ModelSpec, recipe: Recipe, prompts: Prompts) -> str:
     sha = hashlib.sha256(json.dumps([VERSION, model, asdict(spec), rules, recipe.factors]).encode())
     sha.update(json.dumps([prompts.ids, prompts.answer]).encode())
     sha.update(np.ascontiguousarray(prompts.tiles).data)
+    every_value = np.resize(np.arange(256, dtype=np.uint8), (1, *prompts.tiles.shape[1:]))
+    sha.update(np.ascontiguousarray(prompts.pixels(every_value)).data)
     return sha.hexdigest()[:16]
 
 

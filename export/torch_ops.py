@@ -52,10 +52,12 @@ class Prompts:
         tiles = np.concatenate([self.tiles, self.tiles])
         return Prompts(self.ids * 2, self.answer * 2, self.counts * 2, tiles, self.pixels)
 
-    def first(self, count: int) -> "Prompts":
-        """The first of them."""
-        counts = self.counts[:count]
-        return Prompts(self.ids[:count], self.answer[:count], counts, self.tiles[: sum(counts)], self.pixels)
+    def chosen(self, numbers: Sequence[int]) -> "Prompts":
+        """Those of the numbers, in their order."""
+        ends = np.cumsum([0, *self.counts])
+        ids, answer, counts = (tuple(part[i] for i in numbers) for part in (self.ids, self.answer, self.counts))
+        tiles = np.concatenate([self.tiles[:0], *(self.tiles[ends[i] : ends[i + 1]] for i in numbers)])
+        return Prompts(ids, answer, counts, tiles, self.pixels)  # type: ignore[arg-type]
 
 
 class Tensors(Protocol):
@@ -302,7 +304,9 @@ class TorchOps:
 
 @torch.inference_mode()
 def run_vision(ops: TorchOps) -> Box:
-    """The features of all tiles, f32 [tiles * L, hidden]; empty where the run is being caught up with."""
+    """The features of all tiles, f32 [tiles * L, hidden]; an empty box where the run is being caught up with."""
+    if not len(ops.prompts.tiles):
+        return Box(torch.empty((0, ops.spec.text.hidden)))
     return vision_tower(ops, ops.spec, Box(None))
 
 

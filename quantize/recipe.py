@@ -114,7 +114,11 @@ def load_recipe(name: str) -> Recipe:
         path = Path(name)
         if path.suffix != ".toml" or not path.is_file():
             raise RecipeError(f"recipe {name!r}: want one of {', '.join(SHIPPED)} or a .toml file")
-        where, text = str(path), path.read_text(encoding="utf-8")
+        where = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise RecipeError(f"{where}: cannot be read as UTF-8 text: {exc}") from exc
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
@@ -133,6 +137,8 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     for key in fields:
         if not isinstance(limits[key], (int, float)) or isinstance(limits[key], bool) or limits[key] < 0:
             raise RecipeError(f"{where}: limits.{key} is {limits[key]!r}, want a number of 0 or more")
+    if not isinstance(data["rule"], list):
+        raise RecipeError(f"{where}: rule is {data['rule']!r}, want a list of tables")
     rules = []
     for i, rule in enumerate(data["rule"]):
         at = f"{where}: rule {i + 1}"
@@ -151,9 +157,9 @@ def _scheme(rule: dict[str, Any], where: str) -> Scheme:
             return FLOAT
         case "block":
             _keys({"rounding": "fitted"} | rule, {"format", "bits", "block", "symmetric", "rounding"}, where)
-            if rule["bits"] not in (4, 8):
+            if type(rule["bits"]) is not int or rule["bits"] not in (4, 8):
                 raise RecipeError(f"{where}: bits is {rule['bits']!r}, want 4 or 8")
-            if rule["block"] not in (16, 32, 64, 128, 256):
+            if type(rule["block"]) is not int or rule["block"] not in (16, 32, 64, 128, 256):
                 raise RecipeError(f"{where}: block is {rule['block']!r}, want 16, 32, 64, 128 or 256")
             if not isinstance(rule["symmetric"], bool):
                 raise RecipeError(f"{where}: symmetric is {rule['symmetric']!r}, want true or false")

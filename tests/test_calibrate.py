@@ -20,6 +20,7 @@ from export.android import export_android
 from export.calibrate import (
     Calibrated,
     Moments,
+    Rounding,
     affordable_tokens,
     calibrate,
     calibrate_on,
@@ -35,6 +36,7 @@ from export.documents import DataError, Document, read_data
 from export.folds import Folded, folds
 from export.processor import write_processor_files
 from export.reference import Reference
+from export.smolvlm import EMBED
 from export.spec import CheckpointError, ModelSpec, read_spec
 from export.torch_ops import Prompts, TorchOps, run_decoder, run_vision
 from export.weights import Weights, open_weights
@@ -58,7 +60,7 @@ class Case:
         self.processor = scratch / "processor"
         self.processor.mkdir()
         write_processor_files(checkpoint, self.spec, self.processor, None)
-        self.prompts, self.used = calibration_prompts(self.processor, documents, 16384)
+        self.prompts, self.used = calibration_prompts(self.processor, documents, 16384, self.spec.text.max_positions)
 
 
 @pytest.fixture
@@ -188,7 +190,7 @@ def test_other_documents_weights_or_rules_are_other_results(tiny: Case, tmp_path
         ("a", recipe(), tiny.prompts),
         ("b", recipe(), tiny.prompts),
         ("a", recipe(bits=8), tiny.prompts),
-        ("a", recipe(), tiny.prompts.first(2)),
+        ("a", recipe(), tiny.prompts.chosen([0, 1])),
     ):
         calibrate(name, tiny.spec, tiny.weights, rules, prompts, work)
     assert len(list(work.iterdir())) == 4
@@ -256,14 +258,14 @@ def test_damaged_integers_are_refused_by_the_files_name(tiny: Case, tmp_path: Pa
 
 def test_the_budget_of_tiles_gives_way_before_documents_do(demo: Case, calibration: Path) -> None:
     documents = read_data(calibration, 24)
-    whole, used = calibration_prompts(demo.processor, documents, 1 << 30)
+    whole, used = calibration_prompts(demo.processor, documents, 1 << 30, demo.spec.text.max_positions)
     assert used.documents == len(documents)
     assert used.tokens == whole.tokens == sum(map(len, whole.ids))
-    few, small = calibration_prompts(demo.processor, documents, whole.tokens * 2 // 3)
+    few, small = calibration_prompts(demo.processor, documents, whole.tokens * 2 // 3, demo.spec.text.max_positions)
     assert small.documents == len(documents)
     assert small.tiles < used.tiles
     assert len(few.tiles) < len(whole.tiles)
-    tight, least = calibration_prompts(demo.processor, documents, 300)
+    tight, least = calibration_prompts(demo.processor, documents, 300, demo.spec.text.max_positions)
     assert 1 <= least.documents < len(documents)
     assert tight.tokens <= 300
 
@@ -280,17 +282,88 @@ def test_the_digest_is_of_what_documents_hold_not_of_where_they_lie(
     demo: Case, calibration: Path, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(calibration, tmp_path / "elsewhere")
-    assert calibration_prompts(demo.processor, read_data(moved), 16384)[1] == demo.used
+    assert calibration_prompts(demo.processor, read_data(moved), 16384, demo.spec.text.max_positions)[1] == demo.used
     lines = (moved / "documents.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     (moved / "documents.jsonl").write_text("\n".join([json.dumps(row | {"answer": "other"}), *lines[1:]]) + "\n")
-    assert calibration_prompts(demo.processor, read_data(moved), 16384)[1].sha256 != demo.used.sha256
+    assert (
+        calibration_prompts(demo.processor, read_data(moved), 16384, demo.spec.text.max_positions)[1].sha256
+        != demo.used.sha256
+    )
 
 
 def test_an_image_that_is_none_is_refused_by_name(demo: Case, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.png"):
-        calibration_prompts(demo.processor, [Document(tmp_path / "broken.png", "What?", ("x",), "all")], 100)
+        calibration_prompts(demo.processor, [Document(tmp_path / "broken.png", "What?", ("x",), "all")], 100, 1000)
+
+
+def test_a_document_beyond_the_context_is_refused_by_name(demo: Case, calibration: Path) -> None:
+    documents = read_data(calibration)
+    with pytest.raises(
+        DataError, match=rf"{documents[0].image}: \d+ tokens with its answer, the model takes 9 at once"
+    ):
+        calibration_prompts(demo.processor, documents, 16384, 9)
+
+
+def test_texts_alone_calibrate_the_decoder_and_say_what_they_cannot(tiny: Case, tmp_path: Path) -> None:
+    texts = [Document(None, f"What is {i}?", (str(i),), "all") for i in range(6)]
+    prompts, _ = calibration_prompts(tiny.processor, texts, 16384, tiny.spec.text.max_positions)
+    decoder = recipe(factors=True, match="model.text_model.layers.*_proj.weight")
+    source = calibrate("tiny", tiny.spec, tiny.weights, decoder, prompts, tmp_path)
+    name = "model.text_model.layers.0.mlp.up_proj.weight"
+    assert as_floats(source.quantized(name, decoder.scheme(name))).shape == tiny.weights.shape(name)
+    with pytest.raises(DataError, match=r"no calibration document has an image, which the rounding of .*vision"):
+        calibrate("tiny", tiny.spec, tiny.weights, recipe(), prompts, tmp_path)
+    rule = {"match": "*vision_model.encoder*.weight", "format": "column", "reduced_range": False}
+    limits = {"activation_features": 1, "activation_logits": 1, "loss_kl": 1, "loss_exact": 1}
+    static = parse_recipe(
+        {"name": "s", "description": "", "rule": [rule | {"activations": "static"}], "limits": limits}, "test"
+    )
+    with pytest.raises(DataError, match=r"no calibration document has an image, which the activations of .*vision"):
+        calibrate("tiny", tiny.spec, tiny.weights, static, prompts, tmp_path)
+
+
+def test_images_are_observed_where_texts_come_first(tiny: Case, calibration: Path, tmp_path: Path) -> None:
+    texts = [Document(None, f"What is {i}?", (str(i),), "all") for i in range(9)]
+    mixed, _ = calibration_prompts(
+        tiny.processor, [*texts, *read_data(calibration, 2)], 16384, tiny.spec.text.max_positions
+    )
+    assert len(mixed.chosen([9, 0]).tiles) == mixed.counts[9] > 0
+    rules = recipe(factors=True)
+    assert calibrate("tiny", tiny.spec, tiny.weights, rules, mixed, tmp_path).shape(EMBED)
+
+
+def test_other_pixels_of_the_same_tiles_are_calibrated_anew(tiny: Case, tmp_path: Path) -> None:
+    rules = recipe(factors=True)
+    calibrate("tiny", tiny.spec, tiny.weights, rules, tiny.prompts, tmp_path / "work")
+    brighter = replace(tiny.prompts, pixels=lambda some: tiny.prompts.pixels(some) + np.float32(0.5))
+    calibrate("tiny", tiny.spec, tiny.weights, rules, brighter, tmp_path / "work")
+    assert len(list((tmp_path / "work").iterdir())) == 2
+
+
+def test_the_second_half_is_fed_by_the_embedding_as_it_will_be(tiny: Case) -> None:
+    rules = parse_recipe(
+        {
+            "name": "e",
+            "description": "",
+            "rule": [{"match": EMBED, "format": "block", "bits": 4, "block": 32, "symmetric": False}],
+            "limits": {"activation_features": 1, "activation_logits": 1, "loss_kl": 1, "loss_exact": 1},
+        },
+        "test",
+    )
+    ids = np.array([3, 1, 3, 3, 1, 3])
+    rows = Rounding(tiny.weights, rules, lambda *_: None).rows(EMBED, ids)
+    whole = as_floats(tiny.weights.quantized(EMBED, rules.scheme(EMBED)))
+    assert np.array_equal(rows[:3], tiny.weights[EMBED][ids[:3]])
+    assert np.array_equal(rows[3:], whole[ids[3:]])
+    assert not np.array_equal(rows[3:], rows[:3])
+
+
+def test_a_work_folder_that_is_a_file_is_named(tiny: Case, tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("")
+    with pytest.raises(CheckpointError, match=r"work/.*: cannot be made: Not a directory"):
+        calibrate("tiny", tiny.spec, tiny.weights, recipe(), tiny.prompts, tmp_path / "work")
 
 
 def test_a_calibrated_recipe_without_documents_is_refused_with_the_remedy() -> None:
