@@ -77,7 +77,10 @@ class Forced:
 
 
 class Documents:
-    """Documents with answers, and what the full-precision model makes of them; features are computed once.
+    """Documents, and what the full-precision model makes of them; features are computed once.
+
+    numbers: of each question the number of its document: those about one image belong together.
+    answered: places of the questions that have an answer; what is exact means nothing for the others.
 
     Args:
         processor: folder with the tokenizer and preprocessor_config.json.
@@ -92,6 +95,9 @@ class Documents:
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.spec, self.weights = spec, weights
+        seen: dict[str, int] = {}
+        self.numbers = [seen.setdefault(str(d.image or i), len(seen)) for i, d in enumerate(documents)]
+        self.answered = [i for i, document in enumerate(documents) if document.answers]
         self._batches: list[tuple[Prompts, Tensor, F32]] = []
         for start in range(0, len(documents), BATCH):
             progress(f"full precision: document {start} of {len(documents)}")

@@ -9,11 +9,10 @@ rounding is simulated, no engine's cache is run. One JSON line a row (--out), an
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.forced import Documents, Weighted
-from benchmarks.methods import summary, table
+from benchmarks.methods import data_sets, kept, summary, table
 from export.calibrate import affordable_tokens, calibration_prompts
 from export.checkpoint import resolve
 from export.documents import DataError, read_data
@@ -67,13 +66,13 @@ def cache(found: dict[int, Range], granularity: str, bits: int) -> Callable[[int
 
 def compare(
     model: str, data: list[Path], calibration: Path, bits: list[int], progress: Callable[[str], None], limit: int | None
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Rows for every width and granularity, each data set in turn. Raises CheckpointError, DataError."""
     folder = resolve(model).folder
     spec = read_spec(folder)
     weights = open_weights(folder, spec)
     tensors = Weighted(weights)
-    rows = []
+    sets = data_sets(data, limit)
     with tempfile.TemporaryDirectory() as scratch:
         processor = Path(scratch)
         write_processor_files(folder, spec, processor, None)
@@ -86,15 +85,14 @@ def compare(
             return TorchOps(spec, tensors, prompts, **more)
 
         found = ranges(tensors, ops)
-        for path in data:
-            documents = Documents(spec, weights, processor, read_data(path, limit), progress)
+        for name, read in sets.items():
+            documents = Documents(spec, weights, processor, read, progress)
             for bit in bits:
                 for granularity in GRANULARITIES:
-                    progress(f"{path.name}: {bit} bits, a scale a {granularity}")
+                    progress(f"{name}: {bit} bits, a scale a {granularity}")
                     got = documents.measure(tensors, vision=False, attended=cache(found, granularity, bit))
-                    head = {"data": path.name, "bits": bit, "block": "", "method": f"a scale a {granularity}"}
-                    rows.append(head | summary(documents.reference, got, None))
-    return rows
+                    head = {"data": name, "bits": bit, "block": "", "method": f"a scale a {granularity}"}
+                    yield head | summary(documents, got, None)
 
 
 def main() -> int:
@@ -114,13 +112,10 @@ def main() -> int:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
-        rows = compare(args.model, args.data, args.calibration, args.bits, progress, args.limit)
+        rows = kept(compare(args.model, args.data, args.calibration, args.bits, progress, args.limit), args.out)
     except (CheckpointError, DataError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
     print(table(rows))
     return 0
 

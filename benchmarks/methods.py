@@ -13,15 +13,16 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.forced import Documents, Forced, Weighted
-from benchmarks.scores import mean_interval
+from benchmarks.scores import mean_interval, paired_summary
 from export.calibrate import affordable_tokens, calibrate, calibration_prompts, identity
 from export.checkpoint import resolve
-from export.documents import DataError, read_data
+from export.documents import DataError, Document, read_data
 from export.processor import write_processor_files
 from export.spec import CheckpointError, read_spec
 from export.weights import WeightSource, open_weights
@@ -59,25 +60,39 @@ def quantized(source: WeightSource, recipe: Recipe) -> Weighted:
     return Weighted(source, changed)
 
 
-def summary(reference: Forced, found: Forced, plain: Forced | None) -> dict[str, Any]:
+def summary(documents: Documents, found: Forced, plain: Forced | None) -> dict[str, Any]:
     """One row's figures; `plain` is what the KL divergence is compared with."""
-    n = len(found.kl)
-    lost = reference.exact.astype(float) - found.exact.astype(float)
+    chosen, numbers = documents.answered, documents.numbers
+    before, after = (x.exact[chosen].astype(float).tolist() for x in (documents.reference, found))
+    paired = paired_summary(before, after, [numbers[i] for i in chosen])
     row: dict[str, Any] = {
-        "documents": n,
-        "reference_exact": float(reference.exact.mean()),
-        "exact": float(found.exact.mean()),
-        "lost": int((lost > 0).sum()),
-        "gained": int((lost < 0).sum()),
-        "loss": float(lost.mean()),
-        "loss_interval_95": list(mean_interval(lost.tolist(), [1.0] * n, list(range(n)))),
+        "documents": len(set(numbers)),
+        "reference_exact": sum(before) / len(before),
+        "exact": sum(after) / len(after),
+        "lost": paired["lost"],
+        "gained": paired["gained"],
+        "loss": -paired["difference"],
+        "loss_interval_95": [-end for end in reversed(paired["interval_95"])],
         "kl": found.kl_mean,
         "top1": float(found.same.mean()),
     }
     if plain is not None:
         row["kl_of_plain"] = found.kl_mean / plain.kl_mean
-        row["kl_of_plain_interval_95"] = list(mean_interval(found.kl.tolist(), plain.kl.tolist(), list(range(n))))
+        row["kl_of_plain_interval_95"] = list(mean_interval(found.kl.tolist(), plain.kl.tolist(), numbers))
     return row
+
+
+def data_sets(data: Sequence[Path], limit: int | None) -> dict[str, list[Document]]:
+    """Documents by the name of their file or folder. Raises DataError for equal names, and for no answers at all."""
+    sets: dict[str, list[Document]] = {}
+    for path in data:
+        name = path.parent.name if path.name == "documents.jsonl" else path.name
+        if name in sets:
+            raise DataError(f"{path}: another data set is called {name} too, and rows could not be told apart")
+        sets[name] = read_data(path, limit)
+        if not any(document.answers for document in sets[name]):
+            raise DataError(f"{path}: none of its questions has an answer")
+    return sets
 
 
 def compare(
@@ -88,12 +103,12 @@ def compare(
     blocks: list[int],
     progress: Callable[[str], None],
     limit: int | None = None,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Rows for every format and method, each data set in turn. Raises CheckpointError, DataError."""
+    read = data_sets(data, limit)
     folder = resolve(model).folder
     spec = read_spec(folder)
     weights = open_weights(folder, spec)
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         processor, work = Path(scratch) / "processor", Path(scratch) / "work"
         processor.mkdir()
@@ -101,7 +116,7 @@ def compare(
         prompts, used = calibration_prompts(
             processor, read_data(calibration), affordable_tokens(spec), spec.text.max_positions
         )
-        sets = {path.name: Documents(spec, weights, processor, read_data(path, limit), progress) for path in data}
+        sets = {name: Documents(spec, weights, processor, documents, progress) for name, documents in read.items()}
         for block in blocks:
             for bit in bits:
                 plain: dict[str, Forced] = {}
@@ -114,10 +129,26 @@ def compare(
                     for name, documents in sets.items():
                         found = documents.measure(quantized(source, recipe), vision=recipe.factors)
                         plain.setdefault(name, found)
-                        row = summary(documents.reference, found, plain[name] if method != BASE else None)
+                        row = summary(documents, found, plain[name] if method != BASE else None)
                         head = {"data": name, "bits": bit, "block": block, "method": method}
-                        rows.append(head | row | {"calibration_tokens": used.tokens if recipe.calibrated else 0})
-    return rows
+                        yield head | row | {"calibration_tokens": used.tokens if recipe.calibrated else 0}
+
+
+def kept(rows: Iterable[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:
+    """All rows, each appended to a file as it comes. Raises DataError if the file cannot be written."""
+    found = []
+    try:
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") if out else nullcontext() as file:
+            for row in rows:
+                found.append(row)
+                if file:
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+    except OSError as exc:
+        raise DataError(f"{out}: cannot be written: {exc.strerror or exc}") from exc
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -166,13 +197,11 @@ def main() -> int:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
-        rows = compare(args.model, args.data, args.calibration, args.bits, args.block, progress, args.limit)
+        made = compare(args.model, args.data, args.calibration, args.bits, args.block, progress, args.limit)
+        rows = kept(made, args.out)
     except (CheckpointError, DataError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
     print(table(rows))
     return 0
 

@@ -30,7 +30,7 @@ from benchmarks.datasets import DataSet, Item, read_dataset
 from benchmarks.endpoint import Endpoint, EndpointError
 from benchmarks.journal import Journal, JournalError, LogitFile, open_journal
 from benchmarks.quality_report import Given, compare, report_text, summarise
-from benchmarks.scores import METRICS
+from benchmarks.scores import ANNOTATORS, METRICS
 from benchmarks.systems import Answer, BundleSystem, Decoding, ReferenceSystem, System
 from export.documents import DataError
 from export.prove import kl_divergence
@@ -290,12 +290,28 @@ def open_systems(
     if args.model is not None:
         if any(one.settings != bundles[0].settings for one in bundles):
             raise InputError("the bundles cut images in different ways: give --tiles, or evaluate one at a time")
-        reference = ReferenceSystem(args.model, decoding, bundles[0].settings if bundles else None)
+        reference = ReferenceSystem(args.model, decoding, bundles[0].settings if bundles else None, args.lora)
+        for one in bundles:
+            if one.adapter_digest != reference.adapter_digest:
+                raise InputError(
+                    f"{one.name} has the adapter {one.adapter_digest or 'none'}, the reference "
+                    f"{reference.adapter_digest or 'none'}: give the bundle's own with --lora"
+                )
     systems: list[System] = [*bundles]
     if args.endpoint is not None:
         endpoint = Endpoint(args.endpoint, args.endpoint_model, decoding, key, timeout_s=args.timeout)
         systems.append(stack.enter_context(closing(endpoint)))
     return systems, reference, decoding
+
+
+def with_metric(data: DataSet, metric: str) -> DataSet:
+    """The same questions scored in another way. Raises DataError where their answers are not enough for it."""
+    for item in data.items:
+        if metric == "vqa" and item.answers and len(item.answers) != ANNOTATORS:
+            raise DataError(
+                f"item {item.name} has {len(item.answers)} answers, metric vqa wants those of {ANNOTATORS} people"
+            )
+    return replace(data, metric=metric)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -308,6 +324,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--metric", choices=METRICS, help="default: the data set's own")
     command.add_argument("--limit", type=int, help="use at most this many questions")
     command.add_argument("--model", help="the full-precision reference: a checkpoint folder or a hub id")
+    command.add_argument("--lora", help="the adapter that is merged into the reference: a folder or a hub id")
     command.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, such as https://host/v1")
     command.add_argument("--endpoint-model", metavar="NAME", help="the model to ask there")
     command.add_argument("--key-env", metavar="VARIABLE", help="environment variable that holds the endpoint's key")
@@ -350,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         data = read_dataset(args.data, args.images, args.limit)
-        data = replace(data, metric=args.metric) if args.metric else data
+        data = with_metric(data, args.metric) if args.metric else data
         with ExitStack() as stack:
             systems, reference, decoding = open_systems(args, key, stack)
             report = evaluate(data, systems, reference, decoding, args.out, say)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import DataSet, Item
-from benchmarks.scores import mean_interval, paired_summary, score, score_summary
+from benchmarks.scores import EQUAL, mean_interval, paired_summary, score, score_summary
 
 LISTED = 100  # lost answers in the report, at most
 SHOWN = 10  # of them in its Markdown
@@ -55,7 +55,7 @@ def compare(
         )
         for task, chosen in _tasks(data.items, labelled).items()
     }
-    lost = [i for i in labelled if _known(after[i]) < _known(before[i])]
+    lost = [i for i in labelled if _known(after[i]) < _known(before[i]) - EQUAL]
     equal = [float(r.text == f.text) for r, f in zip(reference, found, strict=True)]
     row: dict[str, Any] = {
         "scores": tasks,

@@ -25,6 +25,7 @@ METRICS = ("exact", "anls", "vqa", "relaxed")
 ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
 ANNOTATORS = 10
+EQUAL = 1e-9  # scores that differ by less are the same: thirds are summed in different orders
 RESAMPLES = 2000
 DRAWN_AT_ONCE = 1 << 22  # indices of the bootstrap in memory at a time
 
@@ -224,12 +225,12 @@ def paired_summary(reference: Sequence[float], found: Sequence[float], documents
     by_document: dict[int, float] = {}
     for document, change in zip(documents, difference, strict=True):
         by_document[document] = by_document.get(document, 0.0) + change
-    worse, better = (sum(sign * change > 1e-9 for change in by_document.values()) for sign in (-1, 1))
+    worse, better = (sum(sign * change > EQUAL for change in by_document.values()) for sign in (-1, 1))
     return {
         "difference": sum(difference) / len(difference),
         "interval_95": list(mean_interval(difference, [1.0] * len(difference), documents)),
-        "lost": sum(d < 0 for d in difference),
-        "gained": sum(d > 0 for d in difference),
+        "lost": sum(d < -EQUAL for d in difference),
+        "gained": sum(d > EQUAL for d in difference),
         "worse": worse,
         "better": better,
         "worse_rate_interval_95": list(exact_interval(worse, len(by_document))),

@@ -35,9 +35,8 @@ from benchmarks.search_report import Found, draw_front, front_record, megabytes,
 from benchmarks.subject import Subject
 from export.checkpoint import resolve
 from export.documents import DataError, read_data
-from export.smolvlm import matrices
-from export.spec import CheckpointError, ModelSpec
-from export.weights import WeightSource
+from export.smolvlm import EMBED, matrices
+from export.spec import CheckpointError, ModelSpec, tensor_shapes
 from quantize.recipe import DEFAULT, Recipe, RecipeError, Scheme, load_recipe
 
 LEAST_LIMIT = 1e-6  # of loss_kl: a recipe that loses nothing measurable still meets rounding noise
@@ -104,7 +103,7 @@ def search(
         subject = Subject(resolve(model).folder, documents, calibrating, Path(scratch), progress)
         groups = tensor_groups(subject.spec, by_layer=by_layer)
         rest = rest_bytes(subject.spec, subject.processor_bytes)
-        sizes = [{name: _group_bytes(subject.weights, g, s) for name, s in g.formats.items()} for g in groups]
+        sizes = [{name: _group_bytes(subject.spec, g, s) for name, s in g.formats.items()} for g in groups]
         most_bytes = max_size.of(rest + sum(max(one.values()) for one in sizes))
         least = rest + sum(min(one.values()) for one in sizes)
         if least > most_bytes:
@@ -212,8 +211,11 @@ def settle(front: Sequence[Point], first: int, max_loss: float, measure: Callabl
     return holds
 
 
-def _group_bytes(weights: WeightSource, group: Group, scheme: Scheme) -> int:
-    return sum(stored_bytes(weights.shape(tensor), scheme) for tensor in group.tensors)
+def _group_bytes(spec: ModelSpec, group: Group, scheme: Scheme) -> int:
+    """Bytes of a group's tensors; a tied embedding is stored twice, to be looked up and to be multiplied."""
+    shapes = tensor_shapes(spec)
+    times = {EMBED: 2} if spec.text.tied else {}
+    return sum(times.get(tensor, 1) * stored_bytes(shapes[tensor], scheme) for tensor in group.tensors)
 
 
 def _measure_whole(subject: Subject, recipe: Recipe, journal: Journal, work: Path) -> dict[str, Any]:

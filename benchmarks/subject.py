@@ -95,6 +95,7 @@ class Subject:
 
     def whole(self, recipe: Recipe, work: Path) -> dict[str, Any]:
         """What a recipe loses, its weights rounded as an export rounds them; see `loss_row`."""
+        self.__dict__.pop("_base", None)  # all matrices in fp32: once is enough
         source: WeightSource = self.weights
         if recipe.calibrated:
             assert self.calibration is not None
@@ -110,8 +111,8 @@ class Subject:
 
     def loss_row(self, forced: Forced) -> dict[str, Any]:
         """KL and exact answers with intervals of 95 %; the latter of the documents that have an answer."""
-        answered = [i for i, document in enumerate(self._documents) if document.answers]
-        numbers = [self._numbers[i] for i in answered]
+        answered = self._measured.answered
+        numbers = [self._measured.numbers[i] for i in answered]
         row: dict[str, Any] = {"kl": forced.kl_mean, "kl_interval_95": self._interval(forced), "exact": None}
         if answered:
             reference, found = (x.exact[answered].astype(float).tolist() for x in (self._measured.reference, forced))
@@ -123,13 +124,7 @@ class Subject:
         return row
 
     def _interval(self, forced: Forced) -> list[float]:
-        return list(mean_interval(forced.kl.tolist(), [1.0] * len(forced.kl), self._numbers))
-
-    @cached_property
-    def _numbers(self) -> list[int]:
-        """Of each question the number of its document: those about one image belong together."""
-        seen: dict[str, int] = {}
-        return [seen.setdefault(str(d.image or i), len(seen)) for i, d in enumerate(self._documents)]
+        return list(mean_interval(forced.kl.tolist(), [1.0] * len(forced.kl), self._measured.numbers))
 
 
 def _seldom(progress: Callable[[str], None]) -> Callable[[str], None]:

@@ -19,12 +19,12 @@ import transformers
 from tokenizers import Tokenizer
 
 from benchmarks.datasets import Item
-from export.checkpoint import FILES, resolve
+from export.checkpoint import ADAPTER_FILES, FILES, resolve
+from export.lora import adapter_digest, open_merged
 from export.processor import image_settings
 from export.prove import ANSWER_TOKENS, greedy
 from export.reference import Reference, reference_ids, reference_pixels, reference_processor
 from export.spec import read_json, read_spec
-from export.weights import open_weights
 from runtimes.bundle import Bundle
 from runtimes.chat import open_chat
 from runtimes.preprocess import ImageSettings, load_image, preprocess
@@ -99,6 +99,7 @@ class BundleSystem:
         self.settings: ImageSettings = chat.settings
         self._decoding = decoding
         self._last: _Asked | None = None
+        self.adapter_digest = bundle.manifest.adapter.sha256 if bundle.manifest.adapter else None
         manifest, engine = bundle.manifest, engine_name(bundle)
         if manifest.target == "onnx":
             engine = f"{engine} {onnxruntime.__version__}"
@@ -180,13 +181,20 @@ class ReferenceSystem:
         model: a checkpoint folder or a hub id.
         decoding: as the systems that it is compared with.
         images: how images become tiles; None: as the checkpoint says, within the decoding's tiles.
+        lora: a folder or a hub id of an adapter, merged in.
 
     Raises:
         CheckpointError: naming the file that cannot be used.
     """
 
-    def __init__(self, model: str, decoding: Decoding, images: ImageSettings | None = None) -> None:
+    def __init__(
+        self, model: str, decoding: Decoding, images: ImageSettings | None = None, lora: str | None = None
+    ) -> None:
         checkpoint = resolve(model)
+        adapter = resolve(lora, ADAPTER_FILES, "an adapter") if lora is not None else None
+        self._adapter, self.adapter_digest = None, None
+        if adapter is not None:
+            self._adapter, self.adapter_digest = adapter.folder, adapter_digest(adapter.folder)
         self._folder, self._decoding = checkpoint.folder, decoding
         self._spec = read_spec(self._folder)
         if images is None:
@@ -199,6 +207,7 @@ class ReferenceSystem:
             "kind": "reference",
             "model": checkpoint.name,
             "checkpoint_digest": checkpoint_digest(self._folder),
+            **({"adapter_digest": self.adapter_digest} if self.adapter_digest else {}),
             "engine": f"transformers {transformers.__version__}, torch {torch.__version__}",
             "images": asdict(images),
             "decoding": asdict(decoding),
@@ -206,7 +215,7 @@ class ReferenceSystem:
 
     @cached_property
     def _model(self) -> Reference:
-        return Reference(self._folder, self._spec, open_weights(self._folder, self._spec))
+        return Reference(self._folder, self._spec, open_merged(self._folder, self._spec, self._adapter))
 
     @cached_property
     def _processor(self) -> Any:
@@ -228,9 +237,15 @@ class ReferenceSystem:
         return Tokenizer.from_file(str(self._folder / "tokenizer.json"))
 
     def answer(self, item: Item) -> Answer:
-        """As in `System`, with logits."""
+        """As in `System`, with logits. Raises InputError for a question that its tokenizer would not take as text."""
+        question = self._decoding.question(item)
+        if not question.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in question):
+            raise InputError("the question holds bytes that are no UTF-8 text")
+        for token in self._tokenizer.get_added_tokens_decoder().values():
+            if token.special and token.content in question:
+                raise InputError(f"the question spells {token.content}, which the reference would take for a control")
         prepared = [reference_pixels(self._processor, load_image(item.image))] if item.image else []
-        parts = (*(None for _ in prepared), self._decoding.question(item))
+        parts = (*(None for _ in prepared), question)
         grids = [(rows, cols) for _, rows, cols in prepared]
         ids = reference_ids(self._folder, (("user", parts),), grids, self._spec.tokens_per_tile)
         made = self._model.generate(ids, prepared[0][0] if prepared else None, self._decoding.max_new_tokens)

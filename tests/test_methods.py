@@ -1,7 +1,9 @@
 """Comparisons of weights alone: ways of rounding, and keys and values in few bits. Losses planted and found."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import kv_cache, methods
 from benchmarks.forced import Forced
+from export.documents import DataError
 from export.spec import read_spec
 from export.weights import open_weights
 
@@ -19,14 +22,27 @@ def forced(exact: list[int], kl: list[float]) -> Forced:
     return Forced(np.array(kl), np.ones(len(kl)), np.array(exact, dtype=bool), 3 * len(kl))
 
 
+def known(reference: Forced, numbers: Iterable[int], answered: Iterable[int]) -> Any:
+    return SimpleNamespace(reference=reference, numbers=list(numbers), answered=list(answered))
+
+
 def test_a_row_says_what_is_lost_and_what_is_gained() -> None:
     reference, plain = forced([1, 1, 1, 0], [0, 0, 0, 0]), forced([0, 0, 1, 1], [4, 2, 1, 1])
-    row = methods.summary(reference, forced([1, 0, 1, 1], [1, 1, 1, 1]), plain)
-    assert (row["lost"], row["gained"], row["loss"]) == (1, 1, 0)
+    found = forced([1, 0, 1, 1], [1, 1, 1, 1])
+    row = methods.summary(known(reference, range(4), range(4)), found, plain)
+    assert (row["documents"], row["lost"], row["gained"], row["loss"]) == (4, 1, 1, 0)
     low, high = row["loss_interval_95"]
     assert low < 0 < high
     assert row["kl_of_plain"] == pytest.approx(0.5)
     assert 0.25 <= row["kl_of_plain_interval_95"][0] < 0.5 < row["kl_of_plain_interval_95"][1] <= 1
+    clustered = methods.summary(known(reference, [0, 0, 1, 1], [0, 1, 2]), found, plain)
+    assert (clustered["documents"], clustered["exact"]) == (2, pytest.approx(2 / 3))  # the fourth has no answer
+    ones, twenty_lost = forced([1] * 80, [0.0] * 80), forced([0] * 20 + [1] * 60, [1.0] * 80)
+    alone, in_fours = (
+        methods.summary(known(ones, numbers, range(80)), twenty_lost, None)["loss_interval_95"]
+        for numbers in (range(80), [i // 4 for i in range(80)])
+    )
+    assert in_fours[1] - in_fours[0] > 1.3 * (alone[1] - alone[0])
     assert "0.50 (" in methods.table([{"data": "d", "bits": 4, "block": 32, "method": "m"} | row])
 
 
@@ -95,3 +111,27 @@ def run(module: Any, arguments: list[str]) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["command", *arguments])
         return int(module.main())
+
+
+def test_sets_that_cannot_be_told_apart_are_refused(calibration: Path, tmp_path: Path) -> None:
+    assert list(methods.data_sets([calibration], 2)) == ["documents"]
+    with pytest.raises(DataError, match="another data set is called documents too"):
+        methods.data_sets([calibration, calibration / "documents.jsonl"], 2)
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text('{"image": null, "question": "What?"}\n')
+    with pytest.raises(DataError, match="none of its questions has an answer"):
+        methods.data_sets([silent], None)
+
+
+def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "rows.jsonl"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"a": 1}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        methods.kept(rows(), out)
+    assert out.read_text() == '{"a": 1}\n'
+    with pytest.raises(DataError, match="cannot be written: "):
+        methods.kept([], out / "inside")
