@@ -59,8 +59,8 @@ verify: $(STAMP)  ## BUNDLE=folder
 ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
 	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
 
-quality: $(STAMP)  ## BUNDLE=folder DATA=file [MODEL=reference] [IMAGES=folder] [OUT=folder] [ENDPOINT=url ENDPOINT_MODEL=name [KEY_ENV=variable]]
-	@$(PY) -m benchmarks.quality --data="$${DATA:?is missing: documents.jsonl, or the file of a data set}" $${MODEL:+--model="$$MODEL"} $${IMAGES:+--images="$$IMAGES"} $${OUT:+--out="$$OUT"} $${ENDPOINT:+--endpoint="$$ENDPOINT"} $${ENDPOINT_MODEL:+--endpoint-model="$$ENDPOINT_MODEL"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
+quality: $(STAMP)  ## BUNDLE=folder DATA=file [MODEL=reference [LORA=adapter]] [IMAGES=folder] [OUT=folder] [ENDPOINT=url ENDPOINT_MODEL=name [KEY_ENV=variable]]
+	@$(PY) -m benchmarks.quality --data="$${DATA:?is missing: documents.jsonl, or the file of a data set}" $${MODEL:+--model="$$MODEL"} $${LORA:+--lora="$$LORA"} $${IMAGES:+--images="$$IMAGES"} $${OUT:+--out="$$OUT"} $${ENDPOINT:+--endpoint="$$ENDPOINT"} $${ENDPOINT_MODEL:+--endpoint-model="$$ENDPOINT_MODEL"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
 search: $(STAMP)  ## MODEL=folder-or-hub-id DATA=documents.jsonl MAX_SIZE=900MB MAX_LOSS=0.01 OUT=mine.toml [CALIBRATION=documents.jsonl] [GROUPED=layer] [LIMIT=number] [WORK=folder] [PLOT=front.svg]
 	@$(PY) -m benchmarks.search --data="$${DATA:?is missing: documents.jsonl}" --max-size="$${MAX_SIZE:?is missing: megabytes, or a part}" --max-loss="$${MAX_LOSS:?is missing: a mean KL}" --out="$${OUT:?is missing: the new .toml file}" $${CALIBRATION:+--calibration="$$CALIBRATION"} $${GROUPED:+--groups="$$GROUPED"} $${LIMIT:+--limit="$$LIMIT"} $${WORK:+--work="$$WORK"} $${PLOT:+--plot="$$PLOT"} -- "$${MODEL:?is missing: a folder or a hub id}"

@@ -15,6 +15,7 @@ from benchmarks.systems import Answer, Decoding
 from runtimes.preprocess import load_image, to_rgb
 from runtimes.runner import Floats
 
+NEWER = "max_completion_tokens"  # what newer models of OpenAI want in place of max_tokens, and say so
 MAX_BODY = 1 << 20  # bytes of a reply; an answer has a few hundred
 SHOWN = 200  # characters of what an endpoint says that a message repeats
 RETRIED = {408, 429, 500, 502, 503, 504}
@@ -69,6 +70,7 @@ class Endpoint:
             raise EndpointError("the endpoint's key is empty or holds characters that no header may")
         self._url, self._model, self._decoding = parsed, model, decoding
         self._timeout_s, self._attempts, self._wait = timeout_s, attempts, wait
+        self._most = "max_tokens"  # how this endpoint calls the most tokens of an answer
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -93,13 +95,22 @@ class Endpoint:
             to_rgb(load_image(item.image)).save(png, "PNG")
             data = base64.b64encode(png.getvalue()).decode()
             content.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+        try:
+            return self._read(self._reply(self._request(content)))
+        except EndpointError as exc:
+            if self._most == NEWER or NEWER not in str(exc):
+                raise
+            self._most = NEWER
+        return self._read(self._reply(self._request(content)))
+
+    def _request(self, content: list[dict[str, Any]]) -> bytes:
         request = {
             "model": self._model,
             "messages": [{"role": "user", "content": content}],
-            "max_tokens": self._decoding.max_new_tokens,
+            self._most: self._decoding.max_new_tokens,
             "temperature": 0,
         }
-        return self._read(self._reply(json.dumps(request).encode()))
+        return json.dumps(request).encode()
 
     def along(self, item: Item, reference: Answer) -> Floats | None:
         """None: an endpoint does not show its logits."""

@@ -103,7 +103,7 @@ def search(
         subject = Subject(resolve(model).folder, documents, calibrating, Path(scratch), progress)
         groups = tensor_groups(subject.spec, by_layer=by_layer)
         rest = rest_bytes(subject.spec, subject.processor_bytes)
-        sizes = [{name: _group_bytes(subject.spec, g, s) for name, s in g.formats.items()} for g in groups]
+        sizes = [{name: group_bytes(subject.spec, g, s) for name, s in g.formats.items()} for g in groups]
         most_bytes = max_size.of(rest + sum(max(one.values()) for one in sizes))
         least = rest + sum(min(one.values()) for one in sizes)
         if least > most_bytes:
@@ -211,7 +211,7 @@ def settle(front: Sequence[Point], first: int, max_loss: float, measure: Callabl
     return holds
 
 
-def _group_bytes(spec: ModelSpec, group: Group, scheme: Scheme) -> int:
+def group_bytes(spec: ModelSpec, group: Group, scheme: Scheme) -> int:
     """Bytes of a group's tensors; a tied embedding is stored twice, to be looked up and to be multiplied."""
     shapes = tensor_shapes(spec)
     times = {EMBED: 2} if spec.text.tied else {}

@@ -24,11 +24,14 @@ from benchmarks.quality import evaluate, item_keys, main, write_report
 from benchmarks.quality_report import Given, cell, compare, report_text
 from benchmarks.scores import exact_interval, mean_interval
 from benchmarks.systems import Answer, BundleSystem, Decoding, ReferenceSystem, checkpoint_digest
+from export.android import export_android
 from export.documents import DataError
+from export.lora import adapter_digest
 from runtimes.bundle import read_bundle
 from runtimes.preprocess import load_image
 from runtimes.runner import EngineError, Floats, InputError
 from tests.checkpoints import make_checkpoint
+from tests.test_lora import make_adapter
 
 DECODING = Decoding()
 VOCAB = 11
@@ -528,6 +531,14 @@ def test_an_endpoint_that_goes_on_failing_is_given_up(ask: Ask) -> None:
     assert waits == [1, 2]
 
 
+def test_an_endpoint_that_wants_the_newer_name_of_a_field_gets_it(ask: Ask) -> None:
+    refused = send(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+    endpoint, server = ask(refused, says("one"), says("two"))
+    assert [endpoint.answer(QUESTION).text, endpoint.answer(QUESTION).text] == ["one", "two"]
+    fields = [{"max_tokens", "max_completion_tokens"} & body.keys() for _, _, body in server.requests]
+    assert fields == [{"max_tokens"}, {"max_completion_tokens"}, {"max_completion_tokens"}]
+
+
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 418])
 def test_a_refusal_is_not_tried_again_nor_a_redirection_followed(status: int, ask: Ask) -> None:
     endpoint, server = ask(send(status, "no", Location="http://127.0.0.1:9/"))
@@ -744,6 +755,38 @@ def test_the_command_reads_what_is_published(
         assert (report["data"]["name"], report["data"]["metric"]) == want
         assert report["reference"] is None
         assert report["systems"][0]["scores"]["all"]["items"] == 1
+
+
+def test_a_question_that_the_reference_would_obey_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    reference = ReferenceSystem(str(tiny_checkpoint), DECODING)
+    for question, message in (("Say <image> twice.", "spells <image>"), ("\ud800?", "no UTF-8 text")):
+        with pytest.raises(InputError, match=rf"item 7: the question .*{message}"):
+            evaluate(
+                DataSet("d", "exact", (Item("7", None, question, ("x",), "t"),)), [], reference, DECODING, tmp_path
+            )
+
+
+def test_people_are_counted_where_their_agreement_is_the_score(
+    tiny_bundle: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tiny_bundle), "--data", str(documents), "--metric", "vqa", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "has 1 answers, metric vqa wants those of 10 people" in capsys.readouterr().err
+
+
+def test_a_bundle_with_an_adapter_is_paired_with_the_merged_model(
+    tiny_checkpoint: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(tiny_checkpoint, tmp_path / "adapter", r=2, target_modules=["q_proj", "fc1"])
+    made = export_android(str(tiny_checkpoint), tmp_path / "bundle", "fp32", lora=str(adapter), with_proof=False)
+    command = [str(made.bundle), "--allow-pending", "--data", str(documents), "--model", str(tiny_checkpoint)]
+    command += ["--limit", "2", "--max-new-tokens", "3", "--out", str(tmp_path / "out"), "--json"]
+    assert main(command) == 2
+    assert "the reference none: give the bundle's own with --lora" in capsys.readouterr().err
+    assert main([*command, "--lora", str(adapter)]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["reference"]["identity"]["adapter_digest"] == adapter_digest(adapter)
+    assert report["systems"][0]["against_reference"]["kl"]["mean"] < 1e-9
 
 
 def test_what_the_command_cannot_use_is_said_in_one_line(

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from benchmarks.front import Option, Point, convex_front, first_within_size, last_within_loss
-from benchmarks.groups import BLOCK4, BLOCK8, COLUMN8, numbers, rules, stored_bytes, tensor_groups
+from benchmarks.groups import BLOCK4, BLOCK8, COLUMN8, numbers, rules, tensor_groups
 from benchmarks.journal import JournalError
-from benchmarks.search import SearchError, main, rounded_up, search, settle, size_limit
+from benchmarks.search import SearchError, group_bytes, main, rounded_up, search, settle, size_limit
 from benchmarks.search_report import Found, draw_front, front_record, recipe_text
 from benchmarks.subject import Subject
 from export.android import export_android
@@ -26,6 +27,7 @@ from export.smolvlm import EMBED, TEXT, matrices
 from export.spec import read_spec
 from export.weights import open_weights
 from quantize.recipe import Recipe, load_recipe, parse_recipe
+from tests.checkpoints import make_checkpoint
 
 LOSS = 0.15
 SENSITIVE = f"{TEXT}.layers.1.self_attn.o_proj.weight"
@@ -140,17 +142,22 @@ def test_every_matrix_is_in_just_one_group(tiny_checkpoint: Path, by_layer: bool
     assert len({group.name for group in groups}) == len(groups) == (7 if by_layer else 15)
 
 
-def test_bytes_are_counted_as_a_bundle_stores_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    spec = read_spec(tiny_checkpoint)
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_are_counted_as_a_bundle_stores_them(tied: bool, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", tied=tied)
+    spec = read_spec(checkpoint)
     for name in ("int4-quick", "int8"):
         recipe = load_recipe(name)
-        bundle = export_android(str(tiny_checkpoint), tmp_path / name, name, with_proof=False).bundle
+        bundle = export_android(str(checkpoint), tmp_path / name, name, with_proof=False).bundle
         stored = 0
         for graph, dtype in graph_dtypes(spec, recipe).items():
             index = stored_index(bundle / "onnx" / graph_file(graph, dtype))
             stored += sum(s.length for t, s in index.items() if t.endswith((".q", ".scales", ".zeros")))
-        weights = open_weights(tiny_checkpoint, spec)
-        counted = sum(stored_bytes(weights.shape(tensor), recipe.scheme(tensor)) for tensor in matrices(spec))
+        counted = sum(
+            group_bytes(spec, replace(group, tensors=(tensor,)), recipe.scheme(tensor))
+            for group in tensor_groups(spec)
+            for tensor in group.tensors
+        )
         assert counted == stored
 
 

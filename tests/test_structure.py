@@ -52,6 +52,28 @@ def project_files(top: Path = ROOT) -> Iterator[Path]:
         yield from (Path(folder) / name for name in names)
 
 
+def test_results_that_name_one_bundle_are_of_one_bundle() -> None:
+    """The demo checkpoint's bundle of a target and recipe has one digest in all that was measured."""
+    found: dict[tuple[str, str], set[str]] = {}
+
+    def look(value: object) -> None:
+        if isinstance(value, dict):
+            if value.get("model") == "checkpoint" and "payload_digest" in value and "recipe" in value:
+                named = (str(value.get("target", "onnx")), str(value["recipe"]))
+                found.setdefault(named, set()).add(str(value["payload_digest"]))
+            for inner in value.values():
+                look(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                look(inner)
+
+    for path in (ROOT / "benchmarks" / "results").glob("*.json*"):
+        text = path.read_text("utf-8")
+        look([json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text))
+    assert ("onnx", "int4") in found
+    assert {named: len(digests) for named, digests in found.items()} == dict.fromkeys(found, 1)
+
+
 def modules(folder: str) -> list[Path]:
     return sorted(p for p in project_files(ROOT / folder) if p.suffix == ".py")
 
