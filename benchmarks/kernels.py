@@ -39,6 +39,7 @@ def few(benchmark: BenchmarkFixture, work: Callable[[], T]) -> T:
 
 @pytest.fixture(scope="module")
 def matrix() -> np.ndarray:
+    """Normal numbers, f32."""
     return np.random.default_rng(0).standard_normal(MATRIX).astype(np.float32)
 
 
@@ -52,11 +53,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("fit", [False, True], ids=["nearest", "fitted"])
 @pytest.mark.parametrize("block", [32, 128])
 def test_quantize_blocks(benchmark: BenchmarkFixture, matrix: np.ndarray, block: int, fit: bool) -> None:
+    """Round-to-nearest in blocks, plain and fitted."""
     made = benchmark(lambda: quantize_blocks(lambda a, b: matrix[a:b], MATRIX, bits=4, block=block, fit=fit))
     assert made.shape == MATRIX
 
 
 def test_quantize_gptq(benchmark: BenchmarkFixture, matrix: np.ndarray) -> None:
+    """GPTQ with its factorization, from 4,096 inputs."""
     x = np.random.default_rng(1).standard_normal((4096, MATRIX[1])).astype(np.float32)
     hessian = (x.T @ x / len(x)).astype(np.float32)
     made = few(benchmark, lambda: quantize_gptq(matrix, feedback(hessian.copy(), damping=0.05), bits=4, block=32))
@@ -64,16 +67,19 @@ def test_quantize_gptq(benchmark: BenchmarkFixture, matrix: np.ndarray) -> None:
 
 
 def test_quantize_columns(benchmark: BenchmarkFixture, matrix: np.ndarray) -> None:
+    """Eight bits a channel."""
     made = benchmark(lambda: quantize_columns(lambda a, b: matrix[a:b], MATRIX))
     assert made.values.shape == MATRIX
 
 
 def test_pack(benchmark: BenchmarkFixture) -> None:
+    """Nibbles to bytes."""
     values = np.random.default_rng(0).integers(0, 16, MATRIX, dtype=np.uint8)
     assert (unpack(benchmark(lambda: pack(values, 4)), 4) == values).all()
 
 
 def test_dequantize(benchmark: BenchmarkFixture, matrix: np.ndarray) -> None:
+    """Blocks back to floats."""
     made = quantize_blocks(lambda a, b: matrix[a:b], MATRIX, bits=4, block=32)
     assert benchmark(lambda: dequantize(made)).shape == MATRIX
 

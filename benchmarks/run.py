@@ -120,6 +120,7 @@ class Watched:
                 self.said.append(line)
 
     def join(self) -> None:
+        """Waits for the end of the process and of what it says."""
         for thread in self._threads:
             thread.join()
 
