@@ -8,10 +8,7 @@ rounded before anything attends to it, an answer's and its prompt's alike. Weigh
 rounding is simulated, no engine's cache is run. One JSON line a row (--out), and the table of `benchmarks.methods`.
 """
 
-import argparse
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.forced import Documents, Weighted
-from benchmarks.methods import data_sets, kept, summary, table
+from benchmarks.methods import carry_out, command, data_sets, summary
 from export.calibrate import affordable_tokens, calibration_prompts
 from export.checkpoint import resolve
-from export.documents import DataError, read_data
+from export.documents import read_data
 from export.processor import write_processor_files
-from export.spec import CheckpointError, read_spec
+from export.spec import read_spec
 from export.torch_ops import Box, Prompts, TorchOps, run_decoder, run_vision
 from export.weights import open_weights
 
@@ -96,28 +93,12 @@ def compare(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_cache", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default="demo/checkpoint", help="a checkpoint folder, or a hub id (default: %(default)s)"
-    )
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="documents.jsonl, or folders that hold it")
-    parser.add_argument("--calibration", type=Path, required=True, help="documents that fix the scales")
+    parser = command("benchmarks.kv_cache", __doc__, "documents that fix the scales")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], choices=sorted(LARGEST), help="default: 8 4")
-    parser.add_argument("--limit", type=int, help="use at most this many documents of each")
-    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
     args = parser.parse_args()
-    began = time.monotonic()
-
-    def progress(text: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
-        rows = kept(compare(args.model, args.data, args.calibration, args.bits, progress, args.limit), args.out)
-    except (CheckpointError, DataError) as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    print(table(rows))
-    return 0
+    return carry_out(
+        lambda progress: compare(args.model, args.data, args.calibration, args.bits, progress, args.limit), args.out
+    )
 
 
 if __name__ == "__main__":

@@ -179,31 +179,44 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.splitlines()[0])
+def command(program: str, description: str, calibration: str) -> argparse.ArgumentParser:
+    """What the command lines of comparisons share; `calibration` says what its documents are for."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description.splitlines()[0])
     parser.add_argument(
         "--model", default="demo/checkpoint", help="a checkpoint folder, or a hub id (default: %(default)s)"
     )
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="documents.jsonl, or folders that hold it")
-    parser.add_argument("--calibration", type=Path, required=True, help="documents to calibrate on")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=[2, 3, 4], help="default: 4 3 2")
-    parser.add_argument("--block", type=int, nargs="+", default=[32], help="default: 32")
+    parser.add_argument("--calibration", type=Path, required=True, help=calibration)
     parser.add_argument("--limit", type=int, help="use at most this many documents of each")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
-    args = parser.parse_args()
+    return parser
+
+
+def carry_out(rows: Callable[[Callable[[str], None]], Iterable[dict[str, Any]]], out: Path | None) -> int:
+    """Makes the rows, given what is told of progress, keeps and prints them; the exit code."""
     began = time.monotonic()
 
     def progress(text: str) -> None:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
-        made = compare(args.model, args.data, args.calibration, args.bits, args.block, progress, args.limit)
-        rows = kept(made, args.out)
+        found = kept(rows(progress), out)
     except (CheckpointError, DataError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    print(table(rows))
+    print(table(found))
     return 0
+
+
+def main() -> int:
+    parser = command("benchmarks.methods", __doc__, "documents to calibrate on")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=[2, 3, 4], help="default: 4 3 2")
+    parser.add_argument("--block", type=int, nargs="+", default=[32], help="default: 32")
+    args = parser.parse_args()
+    return carry_out(
+        lambda progress: compare(args.model, args.data, args.calibration, args.bits, args.block, progress, args.limit),
+        args.out,
+    )
 
 
 if __name__ == "__main__":
