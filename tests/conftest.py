@@ -3,10 +3,16 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from benchmarks.export_cost import RANDOM
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# How long drawing an example takes is the machine's affair, and no property of what is tested.
+settings.register_profile("shared machine", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("shared machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
