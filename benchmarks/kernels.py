@@ -21,7 +21,7 @@ from export.android import export_android
 from quantize.gptq import feedback, quantize_gptq
 from quantize.int4 import dequantize, pack, quantize_blocks, quantize_columns, unpack
 from runtimes.bundle import read_bundle
-from runtimes.chat import open_chat
+from runtimes.chat import Chat, open_chat
 from runtimes.ort import OrtRunner
 from runtimes.preprocess import ImageSettings, preprocess
 from runtimes.prompt import ImagePart, Message, PromptEncoder
@@ -121,11 +121,10 @@ def test_answer(benchmark: BenchmarkFixture, bundle: Path, tmp_path: Path) -> No
     for _ in write_documents("test", 1, "clean", tmp_path / "documents"):
         pass
     image = Image.open(next((tmp_path / "documents").rglob("*.png"))).convert("RGB")
-    runner = open_chat(read_bundle(bundle, allow_pending=True), threads=1).runner
+    opened = open_chat(read_bundle(bundle, allow_pending=True), threads=1, vision=True)
 
     def ask() -> int:
-        chat = open_chat(read_bundle(bundle, allow_pending=True), threads=1)
-        chat.runner = runner
+        chat = Chat(opened.runner, opened.encoder, opened.settings)
         return len(chat.ask("What does the first line say?", [image]).answer().ids)
 
     assert benchmark(ask) > 0

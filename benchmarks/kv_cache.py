@@ -22,16 +22,16 @@ from export.calibrate import affordable_tokens, calibration_prompts
 from export.checkpoint import resolve
 from export.documents import read_data
 from export.processor import write_processor_files
-from export.spec import read_spec
-from export.torch_ops import Box, Prompts, TorchOps, run_decoder, run_vision
+from export.spec import ModelSpec, read_spec
+from export.torch_ops import Prompts, TorchOps, run_decoder, run_vision
 from export.weights import open_weights
 
 LARGEST = {8: 127, 4: 7}
-GRANULARITIES = {"channel": (0,), "tensor": (0, 1, 2)}  # axes of [tokens, G, D] over which a scale is shared
+GRANULARITIES = ("channel", "tensor")  # what has a scale of its own: each channel of [G, D], or a layer's keys at all
 Range = tuple[Tensor, Tensor]  # f32 [G, D] each: the largest magnitudes of a layer's keys and values
 
 
-def ranges(tensors: Weighted, ops: Callable[..., TorchOps]) -> dict[int, Range]:
+def ranges(spec: ModelSpec, tensors: Weighted, prompts: Prompts) -> dict[int, Range]:
     """The largest magnitude of each channel of each layer's keys and values over the calibration prompts."""
     found: dict[int, Range] = {}
 
@@ -39,8 +39,8 @@ def ranges(tensors: Weighted, ops: Callable[..., TorchOps]) -> dict[int, Range]:
         found[layer] = (keys.abs().amax(0), values.abs().amax(0))
         return keys, values
 
-    features = run_vision(ops(tensors))
-    run_decoder(ops(tensors, attended=observe), Box(features.tensor))
+    features = run_vision(TorchOps(spec, tensors, prompts))
+    run_decoder(TorchOps(spec, tensors, prompts, attended=observe), features)
     return found
 
 
@@ -77,11 +77,7 @@ def compare(
             processor, read_data(calibration), affordable_tokens(spec), spec.text.max_positions
         )
         progress(f"calibration: {used.tokens} tokens")
-
-        def ops(tensors: Weighted, prompts: Prompts = prompts, **more: Any) -> TorchOps:
-            return TorchOps(spec, tensors, prompts, **more)
-
-        found = ranges(tensors, ops)
+        found = ranges(spec, tensors, prompts)
         for name, read in sets.items():
             documents = Documents(spec, weights, processor, read, progress)
             for bit in bits:

@@ -441,3 +441,26 @@ def test_quantizing_reads_each_weight_through_its_factors(tiny: Case) -> None:
     wanted = quantize_blocks(lambda a, b: w[a:b], (w.shape[0], w.shape[1]), bits=4, block=32)
     assert np.array_equal(dequantize(found), dequantize(wanted))
     assert isinstance(tiny.weights, Weights)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"rule = 5", r"rule is 5, want a list of tables"),
+        (b"\xff", r"cannot be read as UTF-8 text"),
+        (
+            b'[[rule]]\nmatch = "*"\nformat = "block"\nbits = 4.0\nblock = 32\nsymmetric = true',
+            r"bits is 4.0, want 4 or 8",
+        ),
+        (
+            b'[[rule]]\nmatch = "*"\nformat = "block"\nbits = 4\nblock = 32.0\nsymmetric = true',
+            r"block is 32.0, want 16",
+        ),
+    ],
+)
+def test_a_recipe_file_of_another_form_is_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
+    limits = b"\n[limits]\nactivation_features = 1\nactivation_logits = 1\nloss_kl = 1\nloss_exact = 1\n"
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b'name = "mine"\ndescription = ""\n' + content + limits)
+    with pytest.raises(RecipeError, match=rf"mine\.toml: .*{message}"):
+        load_recipe(str(path))
