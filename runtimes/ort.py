@@ -11,6 +11,7 @@ Not covered: other execution providers, batches of conversations.
 import platform
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from runtimes.runner import (
     read_bundle_settings,
 )
 
+CHUNK = 128  # tokens of a prompt that run at once: more are no faster and hold more memory
 IN_PLACE = ("smolport.kv_cache", "in_place")  # metadata: past may be longer than the mask says, and be present
 ENGINE_ERRORS = (
     native.EPFail,
@@ -114,9 +116,11 @@ class OrtRunner:
         self._lock = threading.Lock()
         self._cancelled = False
         self._running: onnxruntime.RunOptions | None = None
-        self._embed = self._open("embed_tokens")
-        self._decoder = self._open("decoder_model_merged")
-        self._vision = self._open("vision_encoder") if vision else None
+        with ThreadPoolExecutor() as pool:  # each graph is packed by one thread
+            opened = [pool.submit(self._open, graph) for graph in ("decoder_model_merged", "vision_encoder")[: 1 + vision]]
+            self._embed = self._open("embed_tokens")
+            self._decoder, *rest = [future.result() for future in opened]
+        self._vision = rest[0] if rest else None
         self._past = [i.name for i in self._decoder.get_inputs() if i.name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values.", "present.") for name in self._past]
         self._in_place = self._decoder.get_modelmeta().custom_metadata_map.get(IN_PLACE[0]) == IN_PLACE[1]
@@ -151,21 +155,42 @@ class OrtRunner:
             raise TypeError(f"cache is {type(cache).__name__}, want one from new_cache()")
         check_tokens(ids, features, cache.length, keep, self.settings)
         embeds = self._embeddings(ids, features)  # [1, T, hidden]
-        total = cache.length + len(ids)
-        if self._in_place and cache.tensors[0].shape()[2] < total:
-            room = min(self.settings.context, total + max(256, total // 4))
-            cache.tensors = [self._buffer(room, t.numpy()[:, :, : cache.length]) for t in cache.tensors]
+        past, total = cache.length, cache.length + len(ids)
+        if not self._in_place:
+            rows, cache.tensors = self._decode(embeds, past, keep, cache.tensors)
+            cache.length = total
+            return rows
+        if cache.tensors[0].shape()[2] < total:
+            room = min(self.settings.context, total + max(64, total // 8))
+            for i, tensor in enumerate(cache.tensors):
+                cache.tensors[i] = self._buffer(room, tensor.numpy()[:, :, :past])
+        first = len(ids) - (keep or len(ids))  # the first row kept
+        kept: list[Floats] = []
+        for start in range(0, len(ids), CHUNK):
+            stop = min(start + CHUNK, len(ids))
+            wanted = max(0, stop - max(start, first))
+            rows, _ = self._decode(embeds[:, start:stop], past + start, wanted or 1, cache.tensors)
+            if wanted:
+                kept.append(rows)
+        cache.length = total
+        return kept[0] if len(kept) == 1 else np.concatenate(kept)
+
+    def _decode(
+        self, embeds: Floats, past: int, keep: int, cache: list[onnxruntime.OrtValue]
+    ) -> tuple[Floats, list[onnxruntime.OrtValue]]:
+        """One run over embeddings [1, T, hidden] after `past` tokens: the last `keep` rows (0: all), the cache."""
+        total, tokens = past + embeds.shape[1], embeds.shape[1]
         binding = self._decoder.io_binding()
         feeds = {
-            "inputs_embeds": embeds,
+            "inputs_embeds": np.ascontiguousarray(embeds),
             "attention_mask": np.ones((1, total), dtype=np.int64),
             "num_logits_to_keep": np.array(keep, dtype=np.int64),
         }
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         binding.bind_output("logits", "cpu")
-        for past, present, tensor in zip(self._past, self._present, cache.tensors, strict=True):
-            binding.bind_ortvalue_input(past, tensor)
+        for name, present, tensor in zip(self._past, self._present, cache, strict=True):
+            binding.bind_ortvalue_input(name, tensor)
             if self._in_place:
                 binding.bind_ortvalue_output(present, tensor)
             else:
@@ -174,14 +199,11 @@ class OrtRunner:
             self._decoder.run_with_iobinding(binding, options)
         logits, *present_tensors = binding.get_outputs()  # in the order of binding
         rows: Floats = logits.numpy()[0]  # [keep, vocab]
-        if rows.shape != (keep or len(ids), self.settings.vocab):
-            raise EngineError(f"decoder: logits are {list(rows.shape)}, want {[keep or len(ids), self.settings.vocab]}")
+        if rows.shape != (keep or tokens, self.settings.vocab):
+            raise EngineError(f"decoder: logits are {list(rows.shape)}, want {[keep or tokens, self.settings.vocab]}")
         if not np.isfinite(rows).all():
             raise EngineError(f"decoder: logits after {total} tokens hold NaN or infinity")
-        if not self._in_place:
-            cache.tensors = present_tensors
-        cache.length = total
-        return rows
+        return rows, present_tensors
 
     def cancel(self) -> None:
         """From any thread: the running call, and every later one until `resume`, raises Cancelled."""
