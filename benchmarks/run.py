@@ -27,8 +27,9 @@ from typing import Any
 from benchmarks.measure import Job, status_mib
 from device_harness.confine import Confinement, confined
 from device_harness.profiles import Profile, ProfileError, find_profile
-from runtimes.bundle import read_bundle
+from runtimes.bundle import Bundle, read_bundle
 from runtimes.manifest import BundleError, Manifest
+from runtimes.memory import predict
 from runtimes.ort import cpu_features, saturates
 from runtimes.preprocess import TILE_BUDGETS
 from runtimes.runner import EngineError, InputError, engine_name
@@ -45,6 +46,10 @@ FLAGS = (
     "i8mm",
     "sve",
 )  # that kernels are chosen by
+AROUND_TILE, AROUND_QUESTION = (
+    6,
+    24,
+)  # tokens of a prompt beside a tile's own (row and column marks), and of the question
 BOUNDS = {
     "load_ms": "load",
     "first_token_ms": "first_token",
@@ -167,6 +172,12 @@ def measure_bundle(
     manifest = bundle.manifest
     if manifest.target != profile.target:
         raise BundleError(f"{folder}: is for {manifest.target}, profile {profile.name} takes {profile.target}")
+    expected = expect(bundle, job)
+    if expected is not None and expected > profile.memory_mib:
+        raise InputError(
+            f"{folder}: about {expected:,.0f} MiB at {job.tiles} tiles, profile {profile.name} gives an app "
+            f"{profile.memory_mib:,} MiB; fewer tiles or tokens, or a smaller recipe, take less"
+        )
     records = []
     for run in range(runs):
         with confined(profile.cores, profile.memory_mib) as inside:
@@ -189,12 +200,32 @@ def measure_bundle(
                 "environment": environment(),
                 "medians_ms": medians,
                 "peak_rss_mib": max(peaks, default=None),
+                "predicted_peak_mib": expected,
                 "peak_counted_mib": counted,
                 "over": over(profile, medians, max(peaks, default=None)),
                 **found,
             }
         )
     return records
+
+
+def expect(bundle: Bundle, job: Job) -> float | None:
+    """The peak to expect of a job, MiB (`runtimes.memory`); None for a target that it does not cover."""
+    manifest = bundle.manifest
+    if manifest.target != "onnx":
+        return None
+    alone = max(job.prefill_tokens, job.decode_at + job.warmup + job.decode_tokens)
+    shown = job.tiles * (manifest.image.tokens_per_tile + AROUND_TILE) + AROUND_QUESTION
+    files = {entry.path: entry.size for entry in manifest.files}
+    found = predict(
+        manifest,
+        bundle.json("config.json"),
+        files,
+        tiles=job.tiles,
+        tokens=shown if job.tiles else alone,
+        most_tokens=alone,
+    )
+    return round(found.peak / 2**20, 1)
 
 
 def _named(manifest: Manifest) -> dict[str, Any]:

@@ -7,17 +7,19 @@ whole and its proof has passed, not before. Not covered: whether a given phone r
 """
 
 import argparse
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from export.bundling import Exported, activation_bytes, calibrated, describe, finish, parser, run, start, write_config
+from export.bundling import Exported, calibrated, describe, finish, parser, run, start, write_config
 from export.onnx_graphs import graph_dtypes, graph_file, write_graphs
 from export.onnx_ops import LEAST_ENGINE, OPSETS
 from export.processor import write_processor_files
-from export.spec import ModelSpec
 from quantize.recipe import DEFAULT
 from runtimes.bundle import stage_bundle
-from runtimes.manifest import Engine, InstructionSet, MemoryEstimate
+from runtimes.manifest import Engine, InstructionSet, Manifest, MemoryEstimate
+from runtimes.memory import predict
 from runtimes.ort import cpu_features
 from runtimes.preprocess import TILE_BUDGETS
 
@@ -82,24 +84,22 @@ def export_android(
                 any(s.format == "column" and not s.reduced_range for s in used.values()),
             ),
             context=job.spec.text.max_positions,
-            memory=memory_estimates(job.spec, graphs),
         )
+        manifest = replace(manifest, memory=memory_estimates(manifest, stage))
         return finish(job, stage, out, manifest, with_proof, progress)
 
 
-def memory_estimates(spec: ModelSpec, graphs: Path) -> tuple[MemoryEstimate, ...]:
-    """Memory to expect for each token budget and context: weights, KV cache with the headroom it grows by, and
-    activations. An estimate by counting, not a measurement."""
-    text = spec.text
-    weights = sum(f.stat().st_size for f in graphs.iterdir())
-    kv_token = 2 * text.layers * text.kv_heads * text.head_dim * 4
+def memory_estimates(manifest: Manifest, stage: Path) -> tuple[MemoryEstimate, ...]:
+    """Memory to expect for each token budget and context (`runtimes.memory`), without the process around it."""
+    config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    files = {path.relative_to(stage).as_posix(): path.stat().st_size for path in stage.rglob("*") if path.is_file()}
     rows = []
     for tiles in TILE_BUDGETS:
         for context in (1024, 2048, 4096, 8192):
-            if tiles * spec.tokens_per_tile + 64 > context or context > text.max_positions:
+            if tiles * manifest.image.tokens_per_tile + 64 > context or context > manifest.text.context:
                 continue
-            cache = kv_token * context * 5 // 4
-            rows.append(MemoryEstimate(tiles, context, weights + cache + activation_bytes(spec, tiles, 4)))
+            found = predict(manifest, config, files, tiles=tiles, tokens=context, base=0)
+            rows.append(MemoryEstimate(tiles, context, found.peak))
     return tuple(rows)
 
 

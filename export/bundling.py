@@ -176,7 +176,7 @@ def describe(
     engine: Engine,
     instruction_set: InstructionSet,
     context: int,
-    memory: tuple[MemoryEstimate, ...],
+    memory: tuple[MemoryEstimate, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Manifest:
     """The manifest of a staged bundle, its proof pending.

@@ -22,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from runtimes.bundle import Bundle
 from runtimes.manifest import BundleError
+from runtimes.memory import CHUNK, RELEASE_TILES, room
 from runtimes.runner import (
     BundleSettings,
     Cache,
@@ -34,7 +35,6 @@ from runtimes.runner import (
     read_bundle_settings,
 )
 
-CHUNK = 128  # tokens of a prompt that run at once: more are no faster and hold more memory
 IN_PLACE = ("smolport.kv_cache", "in_place")  # metadata: past may be longer than the mask says, and be present
 ENGINE_ERRORS = (
     native.EPFail,
@@ -117,7 +117,9 @@ class OrtRunner:
         self._cancelled = False
         self._running: onnxruntime.RunOptions | None = None
         with ThreadPoolExecutor() as pool:  # each graph is packed by one thread
-            opened = [pool.submit(self._open, graph) for graph in ("decoder_model_merged", "vision_encoder")[: 1 + vision]]
+            opened = [
+                pool.submit(self._open, graph) for graph in ("decoder_model_merged", "vision_encoder")[: 1 + vision]
+            ]
             self._embed = self._open("embed_tokens")
             self._decoder, *rest = [future.result() for future in opened]
         self._vision = rest[0] if rest else None
@@ -143,6 +145,8 @@ class OrtRunner:
             if found.size != shape[0] * shape[1] or not np.isfinite(found).all():
                 raise EngineError(f"vision_encoder: features of tile {i} are {list(found.shape)}, want finite {shape}")
             features[i] = found.reshape(shape)
+        if len(pixels) >= RELEASE_TILES:
+            self._vision = None
         return features
 
     def new_cache(self) -> OrtCache:
@@ -161,9 +165,9 @@ class OrtRunner:
             cache.length = total
             return rows
         if cache.tensors[0].shape()[2] < total:
-            room = min(self.settings.context, total + max(64, total // 8))
+            held = room(total, self.settings.context)
             for i, tensor in enumerate(cache.tensors):
-                cache.tensors[i] = self._buffer(room, tensor.numpy()[:, :, :past])
+                cache.tensors[i] = self._buffer(held, tensor.numpy()[:, :, :past])
         first = len(ids) - (keep or len(ids))  # the first row kept
         kept: list[Floats] = []
         for start in range(0, len(ids), CHUNK):
