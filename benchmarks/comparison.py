@@ -21,7 +21,12 @@ class Row:
     base: float
     new: float
     ratio: Ratio
-    regression: bool
+    least_effect: float
+
+    @property
+    def regression(self) -> bool:
+        """Whether the whole interval is above an effect that matters."""
+        return self.ratio.regression(self.least_effect)
 
     @property
     def verdict(self) -> str:
@@ -29,7 +34,12 @@ class Row:
         if self.ratio.interval_95 is None:
             return f"not judged: fewer than {LEAST_RUNS} runs"
         word = WORDS[self.unit][self.ratio.direction + 1]
-        return f"{word}: a regression" if self.regression else word
+        if self.regression:
+            return f"{word}: a regression"
+        small = 1 + self.least_effect
+        low, high = self.ratio.interval_95
+        same = self.ratio.direction == 0 and 1 / small <= low <= high <= small
+        return f"no difference above {self.least_effect * 100:g} %" if same else word
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def compare_runs(base: Sequence[Run], new: Sequence[Run], least_effect: float = 
 
 def _row(name: str, unit: str, base: Sequence[float], new: Sequence[float], paired: bool, least_effect: float) -> Row:
     ratio = (paired_ratio if paired else unpaired_ratio)(base, new)
-    return Row(name, unit, median(base), median(new), ratio, ratio.regression(least_effect))
+    return Row(name, unit, median(base), median(new), ratio, least_effect)
 
 
 def _pairs(base: Sequence[Run], new: Sequence[Run]) -> list[tuple[Run, Run]]:

@@ -48,14 +48,14 @@ class Ratio:
         return self.interval_95 is not None and self.interval_95[0] > 1 + least_effect
 
 
-def paired_ratio(base: Sequence[float], new: Sequence[float], *, seed: int = 0) -> Ratio:
+def paired_ratio(base: Sequence[float] | Numbers, new: Sequence[float] | Numbers, *, seed: int = 0) -> Ratio:
     """Of runs in pairs: base[i] and new[i] were made one after the other. Figures are above 0."""
     logs = np.log(np.asarray(new, np.float64)) - np.log(np.asarray(base, np.float64))
     means = _drawn(logs, np.random.default_rng(seed)) if len(logs) >= LEAST_RUNS else None
     return _ratio(_centre(logs[None])[0], means, True, (len(logs), len(logs)))
 
 
-def unpaired_ratio(base: Sequence[float], new: Sequence[float], *, seed: int = 0) -> Ratio:
+def unpaired_ratio(base: Sequence[float] | Numbers, new: Sequence[float] | Numbers, *, seed: int = 0) -> Ratio:
     """Of runs from two times: each side is resampled by itself, and what changed in between is not seen."""
     logs = [np.log(np.asarray(side, np.float64)) for side in (base, new)]
     runs = len(base), len(new)

@@ -1,6 +1,6 @@
 """Is this checkout slower than another commit? Runs of both in turn on this machine, compared pair by pair.
 
-    python -m benchmarks.paired --base REF [--pairs 12] [--out FOLDER]
+    python -m benchmarks.paired --base REF [--pairs 20] [--out FOLDER]
 
 The base is checked out into a temporary folder, exports its own bundle of the demo checkpoint (or of --model) and
 measures it with its own `benchmarks.run`; so does this checkout, with the files as they are now. Runs alternate
@@ -83,7 +83,9 @@ def checkout(ref: str, folder: Path) -> Iterator[Path]:
     Raises:
         PairedError: if there is no such commit here, or it has no benchmark.
     """
-    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+    if ref.startswith("-"):
+        raise PairedError(f"{ref!r} is no commit")
+    commit = git("rev-parse", "--verify", f"{ref}^{{commit}}")
     git("worktree", "add", "--detach", str(folder), commit)
     try:
         if not (folder / "benchmarks" / "run.py").exists():
@@ -184,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     command = argparse.ArgumentParser(prog="python -m benchmarks.paired", description=(__doc__ or "").splitlines()[0])
     command.add_argument("--base", required=True, metavar="REF", help="the commit to compare with")
-    command.add_argument("--pairs", type=int, default=12, metavar="N", help=f"{LEAST_RUNS} or more (%(default)s)")
+    command.add_argument("--pairs", type=int, default=20, metavar="N", help=f"{LEAST_RUNS} or more (%(default)s)")
     command.add_argument("--model", default=MODEL, help="what both export (%(default)s, of each commit its own)")
     command.add_argument("--recipe", default="int4-quick", help="of both exports (%(default)s)")
     command.add_argument("--profile", default="x86-laptop", help="as of benchmarks.run (%(default)s)")
@@ -210,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
-        options = ["--profile", args.profile, "--tiles", str(args.tiles)]
+        options = ["--profile", args.profile, "--tiles", str(args.tiles), "--repeats", "10", "--decode-tokens", "48"]
         own = args.model == MODEL or not Path(args.model).exists()
         found = compare_commits(
             args.base,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 360
-LETTER = 6.2  # the width of a character, about
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+LETTER = 6.9  # the width of a character, about
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 38
 MOST_POINTS = 400  # of a line
 
 
@@ -72,7 +72,7 @@ def short(value: float) -> str:
     if value == 0:
         return "0"
     if not 1e-3 <= abs(value) < 1e7:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -269,7 +269,9 @@ class Mark:
 def scatter_plot(name: str, title: str, marks: Sequence[Mark], labels: tuple[str, str]) -> str:
     """Named points, y logarithmic; names stand where they touch no other name or point."""
     drawing = Drawing(260)
-    x = linear([m.x for m in marks], LEFT + 4, WIDTH - RIGHT, zero=True)
+    right = WIDTH - RIGHT - 12 - LETTER * max(len(m.name) for m in marks)  # room for the names
+    high = max(m.x for m in marks)
+    x = linear([high, high * (WIDTH - RIGHT - LEFT) / max(right - LEFT, WIDTH / 3)], LEFT + 4, WIDTH - RIGHT)
     y = logarithmic([v for m in marks for v in (m.low, m.high, m.y)], drawing.height - BOTTOM, TOP)
     drawing.x_axis(x, labels[0], TOP)
     drawing.y_axis(y, labels[1], WIDTH - RIGHT)

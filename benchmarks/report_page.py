@@ -5,15 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from benchmarks.quality_report import cell
+from benchmarks.markdown import cell
 
 MOST = 2000  # characters of a paragraph
 STYLE = """
 :root { color-scheme: light dark; --page: #fcfcfb; --ink: #1a1a19; --muted: #5f5e58; --line: #deddd6; --grid: #ebeae4;
-  --blue: #2a6fc9; --faint: #2a6fc944; --green: #1d7f49; --red: #c22f2f; --band: #8884;
+  --blue: #2a6fc9; --faint: #2a6fc966; --green: #1d7f49; --red: #c22f2f; --band: #8884;
   --card: #fff }
 @media (prefers-color-scheme: dark) { :root { --page: #171716; --ink: #eeede8; --muted: #a9a89f; --line: #3a3a37;
-  --grid: #2b2b29; --blue: #6ba6f2; --faint: #6ba6f255; --green: #55c285; --red: #f27a7a;
+  --grid: #2b2b29; --blue: #6ba6f2; --faint: #6ba6f277; --green: #55c285; --red: #f27a7a;
   --band: #8886; --card: #1f1f1e } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1120px; padding: 16px; background: var(--page); color: var(--ink);

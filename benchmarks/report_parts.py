@@ -175,19 +175,19 @@ def comparison_blocks(one: Comparison, name: str) -> Iterator[Block]:
     yield Facts([("base", _version(base)), ("new", _version(new)), *(("note", note) for note in one.notes)])
     yield Table(
         "comparison",
-        ("what", "base", "new", "ratio", "95 %", "verdict"),
+        ("what", "verdict", "ratio", "95 %", "base", "new"),
         [
             (
                 f"{_named(row.name)}, {row.unit}",
-                f"{row.base:,.2f}",
-                f"{row.new:,.2f}",
+                row.verdict,
                 f"{row.ratio.ratio:.3f}",
                 " to ".join(f"{bound:.3f}" for bound in row.ratio.interval_95 or ()) or "-",
-                row.verdict,
+                f"{row.base:,.2f}",
+                f"{row.new:,.2f}",
             )
             for row in one.rows
         ],
-        left=(5,),
+        left=(1,),
     )
     rows = [
         Forest(
@@ -201,9 +201,8 @@ def comparison_blocks(one: Comparison, name: str) -> Iterator[Block]:
     if rows:
         title = "New against base"
         svg = forest_plot(name, title, rows, one.least_effect)
-        yield [
-            Plot(title, svg, f"Points are ratios, lines 95 % intervals; the band is {one.least_effect:.0%} either way.")
-        ]
+        band = f"the band is {one.least_effect * 100:g} % either way"
+        yield [Plot(title, svg, f"Points are ratios, lines 95 % intervals; {band}.")]
 
 
 def _version(run: Run) -> str:
