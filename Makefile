@@ -6,15 +6,16 @@ PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints
 STAMP := .venv/.setup-done
 DEMO := build/demo-android build/demo-ios build/demo-documents
 DRAWN := build/calibration
+ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality search bench clean
+.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality search bench bench-kernels report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -67,6 +68,26 @@ search: $(STAMP)  ## MODEL=folder-or-hub-id DATA=documents.jsonl MAX_SIZE=900MB 
 
 bench: $(STAMP)  ## BUNDLE=folder [PROFILE=pixel-8] [OUT=runs.jsonl]: latency and memory here, within a device's limits
 	@$(PY) -m benchmarks.run $${PROFILE:+--profile="$$PROFILE"} $${OUT:+--out="$$OUT"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
+
+bench-kernels: $(STAMP)  ## [OUT=build/kernels.json]: what the pieces take, and two exports
+	@mkdir -p build
+	@$(PY) -m pytest benchmarks/kernels.py -q --benchmark-json="$${OUT:-build/kernels.json}"
+
+# Exit code 1 of a step is a limit or a regression: the report says so, and has the last word.
+report: $(STAMP) $(if $(BUNDLE),,build/demo-android $(ASKED))  ## [BUNDLE=build/demo-android] [DATA=documents.jsonl] [PROFILE=pixel-8] [BASE=commit] [OUT=build/report]: measure, compare, draw
+	@mkdir -p "$${OUT:=build/report}" && rm -f "$$OUT/runs.jsonl"
+	@$(PY) -m benchmarks.run $${PROFILE:+--profile="$$PROFILE"} --out="$${OUT:=build/report}/runs.jsonl" -- "$${BUNDLE:-build/demo-android}" || test $$? -eq 1
+	@$(PY) -m benchmarks.budget $${PROFILE:+--profile="$$PROFILE"} $(if $(BUNDLE)$(DATA),$${DATA:+--data="$$DATA"},--data=$(ASKED)) --out="$${OUT:=build/report}/curve.jsonl" -- "$${BUNDLE:-build/demo-android}"
+	@test -z "$$BASE" || $(PY) -m benchmarks.paired --base="$$BASE" --out="$${OUT:=build/report}" || test $$? -eq 1
+	@$(PY) -m benchmarks.report --budget="$${OUT:=build/report}/curve.jsonl" --out="$$OUT" $(if $(BUNDLE),,--quality=benchmarks/results/quality_recipes.json) $$(test ! -f build/kernels.json || echo --kernels=build/kernels.json) $${BASE:+--baseline="$$OUT/base.jsonl"} -- "$$OUT/runs.jsonl" $${BASE:+"$$OUT/new.jsonl"}
+
+build/demo-android: | $(STAMP) $(DRAWN)  # for a report without BUNDLE, as `make demo` makes it
+	@$(PY) -m export.android --model=demo/checkpoint --out=$@ --calibration=$(DRAWN) --work=build/calibrated
+
+$(ASKED): | $(STAMP)
+	@rm -rf $@.partial
+	@$(PY) -m demo.documents --split test --count 200 --out $@.partial
+	@mv $@.partial $@
 
 clean:  ## remove the demo's bundles and every cache (.venv and other builds stay)
 	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules

@@ -138,3 +138,16 @@ def test_export(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
         return export_android(str(CHECKPOINT), tmp_path / str(next(folders)), "int4-quick", with_proof=False).bundle
 
     assert few(benchmark, export).is_dir()
+
+
+def test_export_ios(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    """The carried checkpoint to Core ML packages, no calibration, no proof."""
+    pytest.importorskip("coremltools")
+    from export.ios import export_ios
+
+    folders = itertools.count()
+
+    def export() -> Path:
+        return export_ios(str(CHECKPOINT), tmp_path / str(next(folders)), "int4-quick", with_proof=False).bundle
+
+    assert few(benchmark, export).is_dir()

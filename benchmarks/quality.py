@@ -93,7 +93,6 @@ def evaluate(
                 "against_reference": compare(data, given, found, documents) if given else None,
             }
         )
-    labels = [[key, item.task, list(item.answers)] for key, item in zip(keys, data.items, strict=True)]
     return {
         "schema": SCHEMA,
         "data": {
@@ -101,7 +100,7 @@ def evaluate(
             "metric": data.metric,
             "items": len(data.items),
             "documents": len(set(documents)),
-            "digest": _digest([data.metric, labels]),
+            "digest": _data_digest(data, keys),
         },
         "decoding": asdict(decoding),
         "reference": {
@@ -137,6 +136,17 @@ def item_keys(items: Sequence[Item]) -> tuple[list[str], list[int]]:
         keys.append(_digest([image, item.question]))
         documents.append(numbers.setdefault(image or f"item {i}", len(numbers)))
     return keys, documents
+
+
+def data_digest(data: DataSet) -> tuple[str, list[int]]:
+    """A digest of all questions, pictures, answers and the metric; and `item_keys`' numbers. Raises DataError."""
+    keys, documents = item_keys(data.items)
+    return _data_digest(data, keys), documents
+
+
+def _data_digest(data: DataSet, keys: Sequence[str]) -> str:
+    labels = [[key, item.task, list(item.answers)] for key, item in zip(keys, data.items, strict=True)]
+    return _digest([data.metric, labels])
 
 
 def _digest(content: Any) -> str:

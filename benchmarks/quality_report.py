@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import DataSet, Item
+from benchmarks.markdown import cell
 from benchmarks.scores import EQUAL, mean_interval, paired_summary, score, score_summary
 
 LISTED = 100  # lost answers in the report, at most
@@ -186,10 +187,3 @@ def _against(row: dict[str, Any]) -> list[str]:
 
 def _percent(low: float, high: float) -> str:
     return f"{low:.2%} to {high:.2%}"
-
-
-def cell(text: str, most: int = 80) -> str:
-    """A text of anyone's as one cell of a table: one line, and nothing in it that Markdown takes for its own."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!~$" else c for c in text)

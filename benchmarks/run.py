@@ -191,7 +191,12 @@ def measure_bundle(
                 "measured": datetime.now(UTC).isoformat(timespec="seconds"),
                 "commit": commit(),
                 "bundle": _named(manifest),
-                "profile": {"name": profile.name, "cores": profile.cores, "memory_mib": profile.memory_mib},
+                "profile": {
+                    "name": profile.name,
+                    "cores": profile.cores,
+                    "memory_mib": profile.memory_mib,
+                    "limits": asdict(profile.limits),
+                },
                 "execution": "native" if engine_name(bundle) in ("ONNX Runtime", "Core ML") else "executor",
                 "simulated": True,
                 "limit_enforced": inside.memory_enforced,

@@ -20,8 +20,9 @@ from PIL import Image
 from benchmarks.datasets import DataSet, Item
 from benchmarks.endpoint import MAX_BODY, MAX_WAIT_S, SHOWN, Endpoint, EndpointError
 from benchmarks.journal import JournalError, open_journal
+from benchmarks.markdown import cell
 from benchmarks.quality import evaluate, item_keys, main, write_report
-from benchmarks.quality_report import Given, cell, compare, report_text
+from benchmarks.quality_report import Given, compare, report_text
 from benchmarks.scores import exact_interval, mean_interval
 from benchmarks.systems import Answer, BundleSystem, Decoding, ReferenceSystem, checkpoint_digest
 from export.android import export_android

@@ -300,6 +300,21 @@ def test_make_hands_over_what_search_is_given_and_nothing_else(echo: Path) -> No
     assert json.loads(done.stdout) == ["-m", "benchmarks.search", *want, "--", "m m"]
 
 
+def test_make_measures_compares_and_reports_in_one_folder(echo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a report"
+    done = make("report", "BUNDLE=b $x", "DATA=d's", "PROFILE=p p", "BASE=HEAD^", f"OUT={out}", python=echo)
+    run, budget, paired, report = map(json.loads, done.stdout.splitlines())
+    assert run == ["-m", "benchmarks.run", "--profile=p p", f"--out={out}/runs.jsonl", "--", "b $x"]
+    want = ["--profile=p p", "--data=d's", f"--out={out}/curve.jsonl", "--", "b $x"]
+    assert budget == ["-m", "benchmarks.budget", *want]
+    assert paired == ["-m", "benchmarks.paired", "--base=HEAD^", f"--out={out}"]
+    assert report[:4] == ["-m", "benchmarks.report", f"--budget={out}/curve.jsonl", f"--out={out}"]
+    assert report[-4:] == [f"--baseline={out}/base.jsonl", "--", f"{out}/runs.jsonl", f"{out}/new.jsonl"]
+    assert (
+        len(make("report", "BUNDLE=b", f"OUT={out}", python=echo).stdout.splitlines()) == 3
+    )  # nothing to compare with
+
+
 @pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality", "search"])
 def test_make_says_what_is_missing(action: str, echo: Path) -> None:
     done = make(action, python=echo)
