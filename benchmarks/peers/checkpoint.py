@@ -4,6 +4,7 @@ They run in other environments, without what `export` needs: nothing here but Nu
 """
 
 import json
+import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,3 +124,47 @@ class Tensors:
         if self.dtype(name) == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32)
+
+
+def write_llama(folder: Path, out: Path) -> None:
+    """The text model as a checkpoint of its own, as transformers' LlamaForCausalLM, into the existing folder `out`."""
+    source = Tensors(folder)
+    sizes, _ = read_sizes(folder)
+    prefix = "model.text_model."
+    names = {name: "model." + name.removeprefix(prefix) for name in source if name.startswith(prefix)}
+    if not sizes.tied:
+        names["lm_head.weight"] = "lm_head.weight"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for theirs, ours in names.items():
+        nbytes = source.raw(theirs).nbytes
+        header[ours] = {
+            "dtype": source.dtype(theirs),
+            "shape": source.shape(theirs),
+            "data_offsets": [at, at + nbytes],
+        }
+        at += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (out / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for theirs in names:
+            source.raw(theirs).tofile(file)
+    config = json.loads((folder / "config.json").read_text("utf-8"))["text_config"]
+    config |= {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_act": "silu",
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "rms_norm_eps": sizes.rms_eps,
+        "rope_theta": sizes.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": sizes.rope_theta},
+        "tie_word_embeddings": sizes.tied,
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, out / name)

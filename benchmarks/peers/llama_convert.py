@@ -135,7 +135,8 @@ def write_text(folder: Path, out: Path) -> None:
         return interleaved(values, sizes.kv_heads) if name.endswith("k_proj.weight") else values
 
     entries = [
-        (ours, theirs, types.F32 if len(source.shape(theirs)) == 1 else types.BF16) for ours, theirs in text_names(sizes)
+        (ours, theirs, types.F32 if len(source.shape(theirs)) == 1 else types.BF16)
+        for ours, theirs in text_names(sizes)
     ]
     _write(writer, entries, source, read)
 
