@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,9 +132,8 @@ def measure_round(
     jobs_of: Callable[[Ready], dict[str, Job]],
     once: Callable[[Ready, Job], dict[str, Any]] = measure_once,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:
-    """Every system in turn; a record of each, with "error" in the place of what could not be measured."""
-    records = []
+) -> Iterator[dict[str, Any]]:
+    """Every system in turn; yields a record of each, with "error" in the place of what could not be measured."""
     for ready in systems:
         progress(f"round {number}: {ready.system.name}")
         record: dict[str, Any] = {"round": number, "system": ready.system.name, "versions": dict(ready.versions)}
@@ -142,8 +141,7 @@ def measure_round(
             record["runs"] = {name: once(ready, job) for name, job in jobs_of(ready).items()}
         except PeerError as exc:
             record["error"] = str(exc)
-        records.append(record)
-    return records
+        yield record
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
@@ -261,12 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {"threads": args.threads, "repeats": args.repeats, "decode_tokens": args.decode_tokens}
     records: list[dict[str, Any]] = []
     for number in range(1, args.rounds + 1):
-        for record in measure_round(
-            number,
-            systems,
-            lambda ready: jobs(ready, args.checkpoint, args.phases, settings),
-            progress=progress,
-        ):
+        found = measure_round(
+            number, systems, lambda ready: jobs(ready, args.checkpoint, args.phases, settings), measure_once, progress
+        )
+        for record in found:
             records.append(about | {"measured": datetime.now(UTC).isoformat(timespec="seconds")} | record)
             if "error" in record:
                 failed.append(record["error"])
