@@ -1,0 +1,1 @@
+"""Other engines on the same checkpoint, side by side with ours."""
