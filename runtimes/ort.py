@@ -79,6 +79,7 @@ class OrtCache:
     def __init__(self, tensors: list[onnxruntime.OrtValue]) -> None:
         self.length = 0
         self.tensors = tensors  # each f32 [1, G, >= length, D]
+        self.binding: Any = None  # of these tensors, once a run has made it
 
 
 class OrtRunner:
@@ -161,30 +162,29 @@ class OrtRunner:
         embeds = self._embeddings(ids, features)  # [1, T, hidden]
         past, total = cache.length, cache.length + len(ids)
         if not self._in_place:
-            rows, cache.tensors = self._decode(embeds, past, keep, cache.tensors)
+            rows = self._decode(embeds, cache, past, keep)
             cache.length = total
             return rows
         if cache.tensors[0].shape()[2] < total:
             held = room(total, self.settings.context)
-            for i, tensor in enumerate(cache.tensors):
-                cache.tensors[i] = self._buffer(held, tensor.numpy()[:, :, :past])
+            cache.binding = None  # which holds the tensors
+            for i in reversed(range(len(cache.tensors))):  # one after the other: old and new are never both whole
+                cache.tensors[i] = self._buffer(held, cache.tensors[i].numpy()[:, :, :past])
         first = len(ids) - (keep or len(ids))  # the first row kept
         kept: list[Floats] = []
         for start in range(0, len(ids), CHUNK):
             stop = min(start + CHUNK, len(ids))
             wanted = max(0, stop - max(start, first))
-            rows, _ = self._decode(embeds[:, start:stop], past + start, wanted or 1, cache.tensors)
+            rows = self._decode(embeds[:, start:stop], cache, past + start, wanted or 1)
             if wanted:
                 kept.append(rows)
         cache.length = total
         return kept[0] if len(kept) == 1 else np.concatenate(kept)
 
-    def _decode(
-        self, embeds: Floats, past: int, keep: int, cache: list[onnxruntime.OrtValue]
-    ) -> tuple[Floats, list[onnxruntime.OrtValue]]:
-        """One run over embeddings [1, T, hidden] after `past` tokens: the last `keep` rows (0: all), the cache."""
-        total, tokens = past + embeds.shape[1], embeds.shape[1]
-        binding = self._decoder.io_binding()
+    def _decode(self, embeds: Floats, cache: OrtCache, past: int, keep: int) -> Floats:
+        """One run over embeddings [1, T, hidden] after `past` tokens: the last `keep` rows (0: all) of logits."""
+        total, wanted = past + embeds.shape[1], (1, keep or embeds.shape[1], self.settings.vocab)
+        binding = cache.binding or self._bound(cache)
         feeds = {
             "inputs_embeds": np.ascontiguousarray(embeds),
             "attention_mask": np.ones((1, total), dtype=np.int64),
@@ -192,22 +192,36 @@ class OrtRunner:
         }
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        binding.bind_output("logits", "cpu")
-        for name, present, tensor in zip(self._past, self._present, cache, strict=True):
-            binding.bind_ortvalue_input(name, tensor)
+        logits = np.empty(wanted, dtype=np.float32)
+        if self._in_place:
+            binding.bind_output("logits", "cpu", 0, np.float32, wanted, logits.ctypes.data)
+        else:
+            binding.bind_output("logits", "cpu")
+        with self._run("decoder_model_merged") as options:
+            self._decoder.run_with_iobinding(binding, options)
+        if not self._in_place:
+            *present, found = binding.get_outputs()  # in the order of binding
+            logits = found.numpy()
+            if logits.shape != wanted:
+                raise EngineError(f"decoder: logits are {list(logits.shape)}, want {list(wanted)}")
+        if not np.isfinite(logits).all():
+            raise EngineError(f"decoder: logits after {total} tokens hold NaN or infinity")
+        if not self._in_place:
+            cache.tensors = present
+        return logits[0]  # type: ignore[no-any-return]  # ONNX Runtime's results are untyped
+
+    def _bound(self, cache: OrtCache) -> Any:
+        """A binding of the cache's tensors; one in place is kept: binding takes a layer's time."""
+        binding = self._decoder.io_binding()
+        for past, present, tensor in zip(self._past, self._present, cache.tensors, strict=True):
+            binding.bind_ortvalue_input(past, tensor)
             if self._in_place:
                 binding.bind_ortvalue_output(present, tensor)
             else:
                 binding.bind_output(present, "cpu")
-        with self._run("decoder_model_merged") as options:
-            self._decoder.run_with_iobinding(binding, options)
-        logits, *present_tensors = binding.get_outputs()  # in the order of binding
-        rows: Floats = logits.numpy()[0]  # [keep, vocab]
-        if rows.shape != (keep or tokens, self.settings.vocab):
-            raise EngineError(f"decoder: logits are {list(rows.shape)}, want {[keep or tokens, self.settings.vocab]}")
-        if not np.isfinite(rows).all():
-            raise EngineError(f"decoder: logits after {total} tokens hold NaN or infinity")
-        return rows, present_tensors
+        if self._in_place:
+            cache.binding = binding
+        return binding
 
     def cancel(self) -> None:
         """From any thread: the running call, and every later one until `resume`, raises Cancelled."""

@@ -170,7 +170,7 @@ def test_only_logits_become_numpy_arrays_and_a_cache_in_place_stays_there(
 
     monkeypatch.setattr(onnxruntime.OrtValue, "numpy", spy)
     runner.extend(cache, [1])
-    assert shapes == [(1, 1, runner.settings.vocab)]
+    assert shapes == ([] if in_place else [(1, 1, runner.settings.vocab)])  # in place even they are written straight
     assert (addresses == [tensor.data_ptr() for tensor in cache.tensors]) is in_place
 
 
