@@ -75,7 +75,7 @@ bench-kernels: $(STAMP)  ## [OUT=build/kernels.json]: what the pieces take, and 
 
 # Exit code 1 of a step is a limit or a regression: the report says so, and has the last word.
 report: $(STAMP) $(if $(BUNDLE),,build/demo-android $(ASKED))  ## [BUNDLE=build/demo-android] [DATA=documents.jsonl] [PROFILE=pixel-8] [BASE=commit] [OUT=build/report]: measure, compare, draw
-	@mkdir -p "$${OUT:=build/report}" && rm -f "$$OUT/runs.jsonl"
+	@mkdir -p "$${OUT:=build/report}" && rm -f "$$OUT/runs.jsonl" "$$OUT/curve.jsonl"
 	@$(PY) -m benchmarks.run $${PROFILE:+--profile="$$PROFILE"} --out="$${OUT:=build/report}/runs.jsonl" -- "$${BUNDLE:-build/demo-android}" || test $$? -eq 1
 	@$(PY) -m benchmarks.budget $${PROFILE:+--profile="$$PROFILE"} $(if $(BUNDLE)$(DATA),$${DATA:+--data="$$DATA"},--data=$(ASKED)) --out="$${OUT:=build/report}/curve.jsonl" -- "$${BUNDLE:-build/demo-android}"
 	@test -z "$$BASE" || $(PY) -m benchmarks.paired --base="$$BASE" --out="$${OUT:=build/report}" || test $$? -eq 1

@@ -5,8 +5,9 @@
 Time and memory are of `benchmarks.run` on a profile, with a picture that fills the budget. Accuracy, where --data is
 given, is the bundle's own score on those documents cut into at most so many tiles: it shows what more tiles gain only
 where the documents have detail that fewer lose, and a model was trained for as many. One JSON line for each number of
-tiles; what the file already has of the same bundle, profile, settings and data is not measured again. Exit code 0:
-measured, 1: the engine failed, 2: something given cannot be used. Not covered: several pictures in a prompt.
+tiles; what the file already has of the same bundle, profile, settings, data, commit and machine is not measured
+again. Exit code 0: measured, 1: the engine failed, 2: something given cannot be used. Not covered: several pictures in
+a prompt.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from benchmarks.measure import Job
 from benchmarks.quality import data_digest
 from benchmarks.quality_report import Given, summarise
 from benchmarks.records import BUDGET_SCHEMA, budget_point
-from benchmarks.run import measure_bundle
+from benchmarks.run import commit, environment, measure_bundle
 from benchmarks.systems import BundleSystem, Decoding
 from device_harness.profiles import Profile, ProfileError, find_profile
 from export.documents import DataError
@@ -117,7 +118,7 @@ def measure_curve(
     documents: Documents | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """A point for each number of tiles; written to `out` as it is measured, taken from there if it is known.
+    """A point for each number of tiles; written to `out` as it is measured, taken from there if this commit's is known.
 
     Raises:
         ReportError: if `out` holds something else, or cannot be written.
@@ -142,7 +143,9 @@ def measure_curve(
 
 
 def _name(digest: str, profile: str, job: Job, runs: int, data: str | None) -> tuple[object, ...]:
-    return digest, profile, job.tiles, job.threads, job.warmup, job.repeats, sorted(job.options.items()), runs, data
+    numbers = job.tiles, job.threads, job.warmup, job.repeats
+    here = commit(), environment()["processor"]
+    return digest, profile, *numbers, sorted(job.options.items()), runs, data, *here
 
 
 def _name_of(row: dict[str, Any]) -> tuple[object, ...]:
@@ -152,7 +155,8 @@ def _name_of(row: dict[str, Any]) -> tuple[object, ...]:
     options = sorted((name, one.text()) for name, one in job["options"].fields().items())
     data = at.optional("data_digest")
     digest, profile = at["bundle"]["payload_digest"].text(), at["profile"]["name"].text()
-    return digest, profile, *numbers, options, at["runs"].whole(), data.text() if data else None
+    there = at["commit"].text(), at["environment"]["processor"].text()
+    return digest, profile, *numbers, options, at["runs"].whole(), data.text() if data else None, *there
 
 
 def _kept(out: Path | None) -> list[dict[str, Any]]:

@@ -85,6 +85,7 @@ def _phase(name: str, runs: Sequence[Run]) -> dict[str, Any]:
         "median_ms": median(samples),
         "low_ms": low,
         "high_ms": high,
+        "limit_ms": median(least) if (least := [p.limit_ms for p in phases if p.limit_ms is not None]) else None,
         "cpu_s": median(phase.cpu_s for phase in phases),
         "peak_rss_mib": _most(phase.peak_rss_mib for phase in phases),
     }

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.limits import bundle_work, limits_ms, measure_machine
 from runtimes.bundle import Bundle, read_bundle
 from runtimes.chat import Chat
 from runtimes.generate import Sampling
@@ -175,6 +177,7 @@ def measure(job: Job, on_phase: Callable[[str], None] = lambda _: None) -> dict[
                 next(reply)
             answer = reply.answer()
             tokens, tiles = answer.prompt_tokens, answer.image_tiles
+    del runner, chat, reply, answer
     return {
         "job": asdict(job),
         "payload_digest": bundle.manifest.payload_digest,
@@ -183,7 +186,18 @@ def measure(job: Job, on_phase: Callable[[str], None] = lambda _: None) -> dict[
         "first_token_of": {"tiles": tiles, "tokens": tokens},
         "start_rss_mib": start_rss,
         "phases": {name: asdict(found) for name, found in phases.items()},
+        "physical": _physical(bundle, job, tiles, tokens) if bundle.manifest.target == "onnx" else None,
     }
+
+
+def _physical(bundle: Bundle, job: Job, tiles: int, tokens: int) -> dict[str, Any]:
+    """The machine's peaks, and what they allow at best (`benchmarks.limits`), ms by phase."""
+    files = {entry.path: entry.size for entry in bundle.manifest.files}
+    work = bundle_work(bundle.manifest, bundle.json("config.json"), files)
+    machine = measure_machine(job.threads or len(os.sched_getaffinity(0)))
+    middle = job.decode_at + job.decode_tokens // 2
+    limits = limits_ms(work, machine, prefill=job.prefill_tokens, decode_at=middle, tiles=tiles, tokens=tokens)
+    return {"machine": asdict(machine), "limits_ms": limits}
 
 
 def read_job(text: str) -> Job:

@@ -66,11 +66,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class PhaseRun:
-    """One phase of one run."""
+    """One phase of one run; `limit_ms` is what the machine allows at best, where that is known."""
 
     samples_ms: tuple[float, ...]
     cpu_s: float
     peak_rss_mib: float | None
+    limit_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,9 @@ def read_kernels(path: Path) -> list[Kernel]:
 
 def _run(line: At) -> Run:
     _schema(line, RUN_SCHEMA)
-    phases = {name: _phase(name, at) for name, at in line["phases"].fields(MOST_PHASES).items()}
+    physical = line.optional("physical")
+    least = {name: at.positive() for name, at in physical["limits_ms"].fields(MOST_PHASES).items()} if physical else {}
+    phases = {name: _phase(name, at, least.get(name)) for name, at in line["phases"].fields(MOST_PHASES).items()}
     if not phases:
         line["phases"].fail("a phase or more")
     pair = line.optional("pair")
@@ -231,11 +234,11 @@ def _schema(line: At, wanted: int) -> None:
         line["schema"].fail(str(wanted))
 
 
-def _phase(name: str, at: At) -> PhaseRun:
+def _phase(name: str, at: At, limit_ms: float | None) -> PhaseRun:
     if not PHASE.fullmatch(name):
         at.fail("a phase under a name of lower case letters, digits and _")
     samples = at["samples_ms"].numbers(least_items=1, positive=True)
-    return PhaseRun(samples, at["cpu_s"].number(), _number_or_none(at, "peak_rss_mib"))
+    return PhaseRun(samples, at["cpu_s"].number(), _number_or_none(at, "peak_rss_mib"), limit_ms)
 
 
 def _setting(line: At) -> Setting:

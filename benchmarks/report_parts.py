@@ -71,13 +71,14 @@ def _group_blocks(runs: Sequence[Run], row: dict[str, Any], name: str) -> Iterat
     yield Heading(3, "Phases")
     yield Table(
         "phases",
-        ("phase", "samples", "median, ms", "10 % to 90 %, ms", "CPU, s a run", "peak, MiB"),
+        ("phase", "samples", "median, ms", "10 % to 90 %, ms", "limit, ms", "CPU, s a run", "peak, MiB"),
         [
             (
                 _named(p["name"]),
                 str(p["samples"]),
                 f"{p['median_ms']:,.2f}",
                 f"{p['low_ms']:,.2f} to {p['high_ms']:,.2f}",
+                "-" if p["limit_ms"] is None else f"{p['limit_ms']:,.2f} ({p['median_ms'] / p['limit_ms']:.1f} x)",
                 f"{p['cpu_s']:.2f}",
                 _mib(p["peak_rss_mib"]),
             )

@@ -257,8 +257,8 @@ def over(profile: Profile, medians: dict[str, float], peak_mib: float | None) ->
 def table(records: Sequence[dict[str, Any]]) -> str:
     """All runs' samples by phase, as Markdown: median, spread, and the highest peak."""
     lines = [
-        "| phase | samples | median, ms | 10 % to 90 %, ms | CPU, s a run | peak, MiB |",
-        "|---|---|---|---|---|---|",
+        "| phase | samples | median, ms | 10 % to 90 %, ms | limit, ms | CPU, s a run | peak, MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in records[0]["phases"]:
         phases = [record["phases"][name] for record in records]
@@ -266,7 +266,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         low, high = samples[len(samples) // 10], samples[-1 - len(samples) // 10]
         peaks = [phase["peak_rss_mib"] for phase in phases if phase["peak_rss_mib"] is not None]
         cpu = statistics.median(phase["cpu_s"] for phase in phases)
-        cells = [name, len(samples), f"{statistics.median(samples):,.2f}", f"{low:,.2f} to {high:,.2f}", f"{cpu:.2f}"]
+        cells = [name, len(samples), f"{statistics.median(samples):,.2f}", f"{low:,.2f} to {high:,.2f}"]
+        least = [
+            r["physical"]["limits_ms"][name] for r in records if name in (r["physical"] or {}).get("limits_ms", {})
+        ]
+        cells += [f"{statistics.median(least):,.2f}" if least else "-", f"{cpu:.2f}"]
         cells.append(f"{max(peaks):,.0f}" if peaks else "-")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

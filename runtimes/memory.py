@@ -79,7 +79,7 @@ def predict(
     def data(graph: str) -> int:
         return sum(size for path, size in files.items() if path.startswith(f"onnx/{graph}") and path.endswith("_data"))
 
-    shapes = {name: _shape(name, text, vision, kv.vocab, kv.head_dim) for name in manifest.recipe.tensors}
+    shapes = matrix_shapes(manifest, config)
     scales = {True: 0, False: 0}  # in the tower, and in the decoder
     largest = 0
     for name, scheme in manifest.recipe.tensors.items():
@@ -115,6 +115,17 @@ def predict(
     if most_tokens and tiles:
         both = max(both, prompt(most_tokens, True))
     return Footprint(int(load), int(image), int(both))
+
+
+def matrix_shapes(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Rows and width of the matrices that the manifest names; (0, 0) for the connector, and for what is unknown.
+
+    Raises:
+        BundleError: if config.json lacks a size.
+    """
+    text, vision = _sizes(config, "text_config"), _sizes(config, "vision_config")
+    vocab, width = manifest.text.vocab, manifest.text.head_dim
+    return {name: _shape(name, text, vision, vocab, width) for name in manifest.recipe.tensors}
 
 
 def _sizes(config: Mapping[str, Any], part: str) -> dict[str, int]:

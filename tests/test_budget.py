@@ -36,7 +36,7 @@ def test_more_tiles_are_more_tokens_and_what_is_known_is_kept(
 
 
 def test_other_settings_are_measured_anew_and_a_curve_without_documents_has_no_accuracy(
-    tiny_bundle: Path, tmp_path: Path
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, profile = tmp_path / "curve.jsonl", find_profile("x86-laptop")
     told: list[str] = []
@@ -53,6 +53,8 @@ def test_other_settings_are_measured_anew_and_a_curve_without_documents_has_no_a
     assert curve(2) == 2
     assert curve(1) == 2
     assert told == ["1 tiles: known"]
+    monkeypatch.setattr("benchmarks.budget.commit", lambda: "another")
+    assert curve(1) == 3
 
 
 def test_a_file_of_something_else_is_left_alone(
