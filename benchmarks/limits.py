@@ -50,10 +50,12 @@ def measure_machine(threads: int) -> Machine:
     rng = np.random.default_rng(0)
     operations = 2 * x * y * z
     weights = rng.integers(-127, 128, (y, z), dtype=np.int8)
+    left = rng.integers(0, 256, (x, y), dtype=np.uint8)
     run = _session("MatMulInteger", weights, TensorProto.UINT8, TensorProto.INT32, threads)
-    int8 = operations / _best(lambda: run(rng.integers(0, 256, (x, y), dtype=np.uint8)))
+    int8 = operations / _best(lambda: run(left))
+    floats = left.astype(np.float32)
     run = _session("MatMul", weights.astype(np.float32), TensorProto.FLOAT, TensorProto.FLOAT, threads)
-    fp32 = operations / _best(lambda: run(rng.standard_normal((x, y), dtype=np.float32)))
+    fp32 = operations / _best(lambda: run(floats))
     return Machine(threads, read, int8, fp32)
 
 

@@ -229,6 +229,7 @@ def expect(bundle: Bundle, job: Job) -> float | None:
         tiles=job.tiles,
         tokens=shown if job.tiles else alone,
         most_tokens=alone,
+        again=job.warmup + job.repeats > 1,
     )
     return round(found.peak / 2**20, 1)
 

@@ -8,7 +8,9 @@ What is resident, found by comparing the kernel's counts (VmRSS by kind, VmHWM) 
 * Embeddings are read from the file: each row touches a window of READ_AROUND bytes.
 * The cache has room for more than the tokens that there are (`runtimes.ort.room`).
 * Activations are those of one tile, and of CHUNK tokens of a prompt; the arena that holds them rounds up (ARENA).
-* The tower and its arena stay, unless the image has RELEASE_TILES tiles or more.
+* The tower and its arena stay, unless the image has RELEASE_TILES tiles or more; a further image loads it again,
+  beside the decoder.
+* The tiles of a picture are there in fp32, while they are made twice.
 
 Not covered: Core ML, and what the app around it takes (`base` is this package in Python).
 """
@@ -24,7 +26,9 @@ CHUNK = 128  # tokens of a prompt that run at once: more are no faster and hold 
 RELEASE_TILES = 5  # so many let go of the tower: their tokens need the memory, loading again takes half a tile's time
 READ_AROUND = 1 << 16
 ARENA = 1.3  # fitted
-BASE = 60 << 20  # a Python process with this package, NumPy and ONNX Runtime loaded
+SESSION = 10 << 20  # fitted: what a graph takes besides its tensors
+PIXELS = 2  # a picture's tiles, and a copy while they are made
+BASE = 71 << 20  # a Python process with this package, benchmarks, NumPy and ONNX Runtime loaded
 VISION, TEXT = "model.vision_model.", "model.text_model.layers."
 EMBED, HEAD, CONNECTOR = "model.text_model.embed_tokens.weight", "lm_head.weight", "model.connector."
 
@@ -56,6 +60,7 @@ def predict(
     tiles: int,
     tokens: int,
     most_tokens: int = 0,
+    again: bool = False,
     base: int = BASE,
 ) -> Footprint:
     """Peak memory of a process that loads a bundle, looks at one image and holds a conversation.
@@ -66,6 +71,7 @@ def predict(
         tiles: of the image; 0: no image, and no vision tower is loaded.
         tokens: in the cache at the end, the image's among them.
         most_tokens: in the cache of a text alone that runs while the tower is loaded; 0: none does.
+        again: whether there is a further image, in a conversation of its own.
         base: bytes of the process before it loads anything.
 
     Raises:
@@ -96,24 +102,28 @@ def predict(
         largest = max(largest, rows * width * scheme["bits"] // 8)
     decoder = data("decoder_model_merged") + 2 * scales[False]
     tower = data("vision_encoder") + 2 * scales[True] if tiles else 0
+    base += SESSION * (3 if tiles else 2)
     load = base + largest + max(decoder + tower, 2 * tower + min(decoder, tower))
 
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    patches, side = (vision["image_size"] // vision["patch_size"]) ** 2, vision["image_size"]
     seen = ARENA * 4 * patches * (6 * vision["hidden_size"] + 2 * vision["intermediate_size"]) if tiles else 0
-    image = base + decoder + tower + seen if tiles else 0
+    pixels = PIXELS * 4 * tiles * 3 * side**2
+    image = base + decoder + tower + seen + pixels if tiles else 0
+
+    def work(count: int) -> float:
+        scores = text["num_attention_heads"] * count
+        chunk = 4 * min(CHUNK, count) * (6 * text["hidden_size"] + 3 * text["intermediate_size"] + scores)
+        words = max(1, count - tiles * manifest.image.tokens_per_tile)
+        return ARENA * (chunk + 4 * kv.vocab) + min(data("embed_tokens"), words * READ_AROUND)
 
     def prompt(count: int, with_tower: bool) -> float:
-        chunk, held = min(CHUNK, count), room(count, kv.context)
-        work = (
-            4 * chunk * (6 * text["hidden_size"] + 3 * text["intermediate_size"] + text["num_attention_heads"] * count)
-        )
-        words = max(1, count - tiles * manifest.image.tokens_per_tile)
-        rows = min(data("embed_tokens"), words * READ_AROUND)
-        return base + decoder + kv_token * held + ARENA * (work + 4 * kv.vocab) + rows + with_tower * (tower + seen)
+        return base + decoder + kv_token * room(count, kv.context) + work(count) + with_tower * (tower + seen)
 
     both = prompt(tokens, 0 < tiles < RELEASE_TILES)
     if most_tokens and tiles:
         both = max(both, prompt(most_tokens, True))
+    if again and tiles >= RELEASE_TILES:
+        image = max(image, base + decoder + 2 * tower + pixels + work(max(tokens, most_tokens)))
     return Footprint(int(load), int(image), int(both))
 
 

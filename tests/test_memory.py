@@ -103,7 +103,8 @@ def test_scales_and_matrices_are_counted_as_the_graph_stores_them(large: Path) -
     bytes_of = {t.name: 4 * int(np.prod(t.dims)) for t in graph.initializer if t.name.endswith(".scales")}
     data = path.with_name(path.name + "_data").stat().st_size
     found = predicted(bundle, tiles=0, tokens=64, base=0)
-    assert found.load == data + 2 * sum(bytes_of.values()) + kv.vocab * kv.hidden  # the head is packed from 8 bits
+    head = kv.vocab * kv.hidden  # packed from 8 bits
+    assert found.load == data + 2 * sum(bytes_of.values()) + head + 2 * memory.SESSION
 
 
 def test_more_tokens_take_their_keys_and_values_and_the_room_beside_them(tiny_bundle: Path) -> None:
