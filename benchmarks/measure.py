@@ -34,6 +34,7 @@ from runtimes.prompt import PromptEncoder
 from runtimes.runner import EngineError, InputError, Runner, open_runner
 
 PROC = Path("/proc/self")
+END = "end"  # said as a phase after the last: what comes then is not the bundle's
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def measure(job: Job, on_phase: Callable[[str], None] = lambda _: None) -> dict[
             answer = reply.answer()
             tokens, tiles = answer.prompt_tokens, answer.image_tiles
     del runner, chat, reply, answer
+    on_phase(END)
     return {
         "job": asdict(job),
         "payload_digest": bundle.manifest.payload_digest,

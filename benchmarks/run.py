@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Job, status_mib
+from benchmarks.measure import END, Job, status_mib
 from device_harness.confine import Confinement, confined
 from device_harness.profiles import Profile, ProfileError, find_profile
 from runtimes.bundle import Bundle, read_bundle
@@ -103,13 +103,14 @@ class Watched:
         self.phases: list[tuple[float, str]] = []
         self.said: list[str] = []
         self._began, self._process, self._on_phase = time.monotonic(), process, on_phase
+        self._ended = False
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._look, self._listen)]
         for thread in self._threads:
             thread.start()
 
     def _look(self) -> None:
         proc = Path("/proc") / str(self._process.pid)
-        while self._process.poll() is None:
+        while not self._ended and self._process.poll() is None:
             if (mib := status_mib("VmRSS", proc)) is not None:
                 self.memory.append((round(time.monotonic() - self._began, 3), round(mib, 1)))
             time.sleep(EVERY_S)
@@ -119,6 +120,9 @@ class Watched:
         for line in self._process.stderr:
             if line.startswith("phase "):
                 name = line.removeprefix("phase ").strip()
+                if name == END:
+                    self._ended = True
+                    continue
                 self.phases.append((round(time.monotonic() - self._began, 3), name))
                 self._on_phase(name)
             else:

@@ -131,6 +131,7 @@ def assert_same_integers(android: Path, ios: Path) -> None:
                     values = {k: b for k, (b,) in op.inputs.items() if isinstance(b, Value)}
                     arrays = {k: read_blob(weights, blobs[v.blob or 0], v.type.shape) for k, v in values.items()}
                     stored[op.name] = (arrays["data"], arrays["scale"], arrays.get("offset"))
+    used = read_bundle(android, allow_pending=True).manifest.recipe.tensors
     compared = set()
     for graph in (android / "onnx").glob("*.onnx"):
         if graph.name.startswith("embed_tokens"):
@@ -148,7 +149,7 @@ def assert_same_integers(android: Path, ios: Path) -> None:
                 assert np.array_equal(scales, scale[:, 0].astype(np.float32))
                 assert offset is None
             else:
-                bits = 4 if data.max() < 16 and q.shape[1] * q.shape[2] < k else 8
+                bits = used[title.split("+")[0]]["bits"]  # fused matrices share a scheme
                 zeros = onnx_tensor(graph, f"{title}.zeros")
                 assert np.array_equal(unpack(q.reshape(n, -1), bits)[:, :k], data)
                 step = k // scale.shape[1]  # of Core ML's blocks; where 32 does not divide k, ONNX's repeated
