@@ -38,8 +38,12 @@ PACKAGES: dict[str, set[str]] = {
     "router_client": set(),
 }
 
-# for one file alone: an engine that only some systems have, imported where it is used
-FILE_PACKAGES = {"runtimes/coreml.py": {"coremltools"}}
+# for one file alone: what only some systems or uses have, imported where it is used
+FILE_PACKAGES = {
+    "runtimes/coreml.py": {"coremltools"},
+    "runtimes/keys.py": {"nacl"},
+    "runtimes/publish.py": {"huggingface_hub"},
+}
 
 # Names of what is made on a machine and is no part of the project, as patterns.
 BUILT = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split())]
