@@ -79,8 +79,8 @@ def publish(
         hub, token: the hub's address; a token for it, None for the one of `hf auth login`.
 
     Raises:
-        BundleError: if the bundle is not whole or not proven, its evidence is of other bytes, a folder exists, a hub has
-            this version or a later one, or cannot be written. Then nothing is published.
+        BundleError: if the bundle is not whole or not proven, its evidence is of other bytes, a folder exists, a hub
+            has this version or a later one, or cannot be written. Then nothing is published.
     """
     release = check_release(folder, key)
     if target.startswith("hf://"):
@@ -92,7 +92,7 @@ def publish(
 
 
 def check_release(folder: Path, key: Path | None = None) -> Release:
-    """Reads a bundle that is to be published, checks it and its evidence, and signs its manifest. Raises BundleError."""
+    """A bundle that is to be published: read, checked with its evidence, its manifest signed. Raises BundleError."""
     bundle = read_bundle(folder)
     report = bundle.manifest.proof.report
     if not bundle.has_evidence() or report is None:
@@ -153,7 +153,7 @@ def _to_hub(
     check_token(token)
     check_url(hub, "the hub (HF_ENDPOINT)")
     try:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
         from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError, of the client's own library
             HfHubHTTPError,
             HFValidationError,
@@ -172,7 +172,7 @@ def _to_hub(
         if (standing.text, standing.signature) == (release.text, release.signature):
             return replace(done, was_there=True)
         gone = _superseded(release, standing, target)
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationAdd(below + e.path, str(release.bundle.folder / e.path)) for e in manifest.files),
             *(CommitOperationAdd(below + path, content) for path, content in release.beside.items()),
             *(CommitOperationDelete(below + path) for path in gone),
@@ -222,8 +222,8 @@ def _superseded(release: Release, standing: Standing, target: str) -> list[str]:
     old, new = parse_manifest(parse_json(standing.text, target), target), release.bundle.manifest
     if standing.text != release.text and old.version >= new.version:
         raise BundleError(
-            f"{target}: has version {old.version} already, and this is another of version {new.version}: devices refuse "
-            "what does not grow (export it with a higher --version)"
+            f"{target}: has version {old.version} already, and this is another of version {new.version}: devices "
+            "refuse what does not grow (export it with a higher --version)"
         )
     if standing.signature is not None and release.signature is None:
         raise BundleError(f"{target}: is signed, and this is not: devices that pin the key would refuse it (--sign)")
