@@ -10,12 +10,12 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify publish pull ask quality search bench bench-kernels report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -56,6 +56,12 @@ $(DRAWN): | $(STAMP)  # what a recipe is calibrated on where CALIBRATION names n
 
 verify: $(STAMP)  ## BUNDLE=folder
 	@$(PY) -m runtimes.verify -- "$${BUNDLE:?is missing: the folder of a bundle}"
+
+publish: $(STAMP)  ## BUNDLE=folder TARGET=folder-or-hf://org/name [KEY=private-key]: put a proven bundle where devices pull it
+	@$(PY) -m runtimes.publish $${KEY:+--sign="$$KEY"} -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${TARGET:?is missing: a new folder, or hf://org/name}"
+
+pull: $(STAMP)  ## SOURCE=hf://org/name@revision-https://...-or-folder OUT=folder [KEY=public-key]: fetch a bundle, checked
+	@$(PY) -m runtimes.pull $${KEY:+--key="$$KEY"} -- "$${SOURCE:?is missing: hf://org/name, https://... or a folder}" "$${OUT:?is missing: the new folder}"
 
 ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
 	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
