@@ -9,8 +9,6 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <climits>
-#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -91,9 +89,9 @@ inline std::string sha256(const void* data, size_t size) {
 
 // ---- reading
 
-class File {  // a regular file, open for reading; a link is refused
+class File {  // a regular file, open for reading; a link is refused, a pipe does not block
  public:
-  explicit File(const std::string& path) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC)) {
+  explicit File(const std::string& path) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)) {
     if (fd_ < 0) throw BadInput(path + ": " + (errno == ENOENT ? "is missing" : errno == ELOOP ? "is a link" : std::strerror(errno)));
     struct stat status;
     if (fstat(fd_, &status) || !S_ISREG(status.st_mode)) {
@@ -167,15 +165,9 @@ inline void list_files(const std::string& folder, const std::string& below, std:
 
 // ---- writing
 
-struct Partial {  // what a deadline removes, so that nothing stays half-written
-  static inline char path[PATH_MAX] = "";
-};
-
 class NewFile {  // appears under its name with `commit`, whole and on the disk, or not at all
  public:
-  NewFile(const std::string& folder, const std::string& name) : path_(folder + "/" + name), half_(folder + "/." + name + ".partial") {
-    if (half_.size() >= PATH_MAX) throw BadInput(half_ + ": is too long a path");
-    std::strcpy(Partial::path, half_.c_str());
+  NewFile(const std::string& folder, const std::string& name) : folder_(folder), path_(folder + "/" + name), half_(folder + "/." + name + ".partial") {
     fd_ = open(half_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
     if (fd_ < 0) throw BadInput(half_ + ": cannot be written: " + std::strerror(errno));
   }
@@ -185,7 +177,6 @@ class NewFile {  // appears under its name with `commit`, whole and on the disk,
     if (fd_ < 0) return;
     close(fd_);
     unlink(half_.c_str());
-    Partial::path[0] = '\0';
   }
 
   void write(const void* data, size_t size) {
@@ -201,16 +192,18 @@ class NewFile {  // appears under its name with `commit`, whole and on the disk,
   }
 
   std::string commit() {  // returns the SHA-256
-    if (fsync(fd_) || rename(half_.c_str(), path_.c_str())) throw Failed(path_ + ": cannot be written: " + std::strerror(errno));
+    if (fsync(fd_) || rename(half_.c_str(), path_.c_str()))
+      throw Failed(path_ + ": cannot be written: " + std::strerror(errno));
     close(fd_);
     fd_ = -1;
-    Partial::path[0] = '\0';
+    const int folder = open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (folder >= 0) fsync(folder), close(folder);  // the name too; not every file system can
     return hash_.hex();
   }
   uint64_t written() const { return written_; }
 
  private:
-  std::string path_, half_;
+  std::string folder_, path_, half_;
   int fd_ = -1;
   Sha256 hash_;
   uint64_t written_ = 0;
@@ -256,16 +249,25 @@ class TensorFile {
       throw BadInput(path + ": is truncated or too long: " + std::to_string(file_.size()) + " bytes, its tensors end at " + std::to_string(end));
   }
 
+  std::vector<int64_t> shape(const std::string& name, size_t rank) const {
+    const TensorInfo& found = at(name);
+    if (found.shape.size() != rank)
+      throw BadInput(path_ + ": " + name + " is " + show(found.shape) + ", want " + std::to_string(rank) + " dimensions");
+    return found.shape;
+  }
+
+  const TensorInfo& want(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) const {
+    const TensorInfo& found = at(name);
+    if (found.dtype != dtype || found.shape != shape)
+      throw BadInput(path_ + ": " + name + " is " + found.dtype + " " + show(found.shape) + ", want " + dtype + " " +
+                     show(shape));
+    return found;
+  }
+
   template <typename T>
-  std::vector<T> read(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) const {  // -1: any length
-    const auto found = infos_.find(name);
-    if (found == infos_.end()) throw BadInput(path_ + ": holds no tensor " + name);
-    const TensorInfo& i = found->second;
-    bool fits = i.dtype == dtype && i.shape.size() == shape.size();
-    for (size_t d = 0; fits && d < shape.size(); ++d) fits = shape[d] < 0 || shape[d] == i.shape[d];
-    if (!fits) throw BadInput(path_ + ": " + name + " is " + i.dtype + " " + show(i.shape) + ", want " + dtype + " " + show(shape));
-    std::vector<T> out(i.size / sizeof(T));
-    file_.read(out.data(), i.offset, i.size);
+  std::vector<T> read(const TensorInfo& tensor) const {
+    std::vector<T> out(tensor.size / sizeof(T));
+    file_.read(out.data(), tensor.offset, tensor.size);
     return out;
   }
 
@@ -273,6 +275,12 @@ class TensorFile {
   std::string path_;
   File file_;
   std::map<std::string, TensorInfo> infos_;
+
+  const TensorInfo& at(const std::string& name) const {
+    const auto found = infos_.find(name);
+    if (found == infos_.end()) throw BadInput(path_ + ": holds no tensor " + name);
+    return found->second;
+  }
 
   static TensorInfo info(const Json& entry, const std::string& where, uint64_t data) {
     static const std::map<std::string, uint64_t> widths = {{"F32", 4}, {"U8", 1}, {"I64", 8}, {"F16", 2}, {"I32", 4}};

@@ -73,9 +73,9 @@ class Json {
     return names[static_cast<int>(kind_)];
   }
 
-  std::string dump(int indent = 0) const {
+  std::string dump(bool lines = false) const {  // on one line, or one for each member
     std::string out;
-    write(out, indent);
+    write(out, lines ? 0 : -1);
     return out;
   }
 
@@ -109,7 +109,10 @@ class Json {
   }
 
   void write(std::string& out, int indent) const {
-    const std::string inner = "\n" + std::string(indent + 1, ' '), end = "\n" + std::string(indent, ' ');
+    const bool lines = indent >= 0;
+    const std::string inner = lines ? "\n" + std::string(indent + 1, ' ') : "";
+    const std::string end = lines ? "\n" + std::string(indent, ' ') : "", comma = lines ? "," : ", ";
+    const int deeper = lines ? indent + 1 : -1;
     char number[40];
     switch (kind_) {
       case Kind::null: out += "null"; break;
@@ -130,7 +133,7 @@ class Json {
         for (const Json& item : items_) {
           if (!first) out += ", ";
           first = false;
-          item.write(out, indent + 1);
+          item.write(out, deeper);
         }
         out += ']';
         break;
@@ -139,11 +142,11 @@ class Json {
         out += '{';
         bool first = true;
         for (const auto& [name, value] : members_) {
-          out += first ? inner : "," + inner;
+          out += first ? inner : comma + inner;
           first = false;
           quote(out, name);
           out += ": ";
-          value.write(out, indent + 1);
+          value.write(out, deeper);
         }
         out += first ? "}" : end + "}";
         break;
