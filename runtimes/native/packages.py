@@ -83,8 +83,10 @@ def cross_compiler(cache: Path, progress: bool = True) -> tuple[list[str], Path]
         _unpack(cache, "cross", None, [CROSS_PACKAGE], hint, progress)
         if not compiler.exists():
             raise BuildError(f"{compiler}: is missing in {CROSS_PACKAGE}; {hint}")
-    # linker scripts name absolute paths, which are taken below the root
-    return [str(compiler), f"--sysroot={root}"], root / "usr/aarch64-linux-gnu"
+    # Linker scripts name absolute paths, which are taken below the root; the assembler's own libraries lie there too.
+    (libraries,) = {path.parent for path in (root / "usr/lib").glob("*/libopcodes-*-arm64.so")}
+    command = ["env", f"LD_LIBRARY_PATH={libraries.resolve()}", str(compiler), f"--sysroot={root}"]
+    return command, root / "usr/aarch64-linux-gnu"
 
 
 def emulator(cache: Path) -> Path | None:
