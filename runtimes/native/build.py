@@ -136,7 +136,7 @@ def _host_library() -> Path:
 
 def _host_compiler() -> list[str]:
     named = shlex.split(os.environ.get("CXX", ""))
-    for command in ([named] if named else [["g++"], ["clang++"]]):
+    for command in [named] if named else [["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
     raise BuildError("no C++ compiler: install g++ or clang++, or give one with --compiler")
@@ -159,8 +159,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {FOLDER}/TARGET")
     parser.add_argument("--headers", type=Path, metavar="FOLDER", help=f"of {HEADER}; default: fetched, 1.21.0")
     parser.add_argument("--library", type=Path, metavar="FILE", help="ONNX Runtime; default: the installed version's")
-    parser.add_argument("--compiler", metavar="COMMAND", help="default: $CXX, g++, clang++; a cross compiler is fetched")
-    parser.add_argument("--emulator", action="store_true", help="also have qemu-user at hand, which `test-devices` uses")
+    parser.add_argument(
+        "--compiler", metavar="COMMAND", help="default: $CXX, g++, clang++; a cross compiler is fetched"
+    )
+    parser.add_argument(
+        "--emulator", action="store_true", help="also have qemu-user at hand, which `test-devices` uses"
+    )
     parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour checks")
     args = parser.parse_args()
     try:
