@@ -19,7 +19,7 @@ from device_harness.device import MOST_ANSWER, DeviceError, Said, demand, one_li
 ROOT = ".smolport"  # below the home folder
 CONNECT_S = 20
 ALIVE_S, ALIVE_COUNT = 5, 3  # a silent connection is given up after their product
-HOST, USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:%-]*"), re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+HOST, USER = re.compile(r"[A-Za-z0-9:][A-Za-z0-9._:%-]*"), re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class SshDevice:
