@@ -10,12 +10,12 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET DEVICE
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify publish pull ask quality search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify publish pull native devices run-device ask quality search bench bench-kernels report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -62,6 +62,15 @@ publish: $(STAMP)  ## BUNDLE=folder TARGET=folder-or-hf://org/name [KEY=private-
 
 pull: $(STAMP)  ## SOURCE=hf://org/name@revision-https://...-or-folder OUT=folder [KEY=public-key]: fetch a bundle, checked
 	@$(PY) -m runtimes.pull $${KEY:+--key="$$KEY"} -- "$${SOURCE:?is missing: hf://org/name, https://... or a folder}" "$${OUT:?is missing: the new folder}"
+
+native: $(STAMP)  ## [TARGET=linux-arm64]: the runner for devices, into build/native
+	@$(PY) -m runtimes.native.build $${TARGET:+--target="$$TARGET"}
+
+devices: $(STAMP)  ## what is connected
+	@$(PY) -m device_harness.list
+
+run-device: $(STAMP)  ## BUNDLE=folder [DEVICE=local-ssh://host-or-adb:SERIAL] [PROFILE=pixel-8] [OUT=runs.jsonl]: run it there, judge it here
+	@$(PY) -m device_harness.run $${DEVICE:+--device="$$DEVICE"} $${PROFILE:+--profile="$$PROFILE"} $${OUT:+--out="$$OUT"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
 ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
 	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"

@@ -13,6 +13,7 @@ Not there yet: NPU back ends (QNN, XNNPACK), iOS devices, Core ML bundles.
 
 import argparse
 import json
+import platform
 import re
 import secrets
 import shlex
@@ -54,7 +55,7 @@ from runtimes.preprocess import TILE_BUDGETS, read_settings
 from runtimes.verify import Case, Parity, bundle_limits, read_cases
 
 EXECUTIONS = ("native", "qemu-user")
-BUILT = Path("build/native")  # where `make native` puts a runner: a folder for each architecture
+BUILT = Path("build/native")  # where `make native` puts a runner: a folder for each target
 DEADLINE_S = 1800.0
 LOCAL_ROOT = Path("build/device")
 
@@ -234,10 +235,13 @@ def find_runner(device: Device) -> Path:
     """The runner that was built here for the device's architecture. Raises ValueError where there is none."""
     said = demand(device.shell("uname -m", deadline_s=CONTROL_S), f"{device.name}: uname")
     machine = one_line(said.stdout.decode("utf-8", "replace"), 40)
-    names = {"arm64": "aarch64", "amd64": "x86_64"}
-    program = BUILT / names.get(machine, re.sub(r"\W", "_", machine)) / "smolport-run"
+    targets = {"aarch64": "linux-arm64", "arm64": "linux-arm64"} | {platform.machine(): "host"}
+    if machine not in targets:
+        raise ValueError(f"{device.name}: is {machine}, for which no runner is built here; give --runner")
+    program = BUILT / targets[machine] / "smolport-run"
     if not program.is_file():
-        raise ValueError(f"{program}: missing, the runner for {machine}; build it (runtimes/native) or give --runner")
+        target = "" if targets[machine] == "host" else f" TARGET={targets[machine]}"
+        raise ValueError(f"{program}: missing, the runner for {machine}: make native{target}, or give --runner")
     return program
 
 
@@ -266,9 +270,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     command.add_argument("--device", default="local", help="local, ssh://[user@]host[:port][/folder] or adb:SERIAL")
     command.add_argument("--profile", help="a shipped one, or FILE.toml:NAME; none: nothing is limited")
-    command.add_argument(
-        "--runner", type=Path, metavar="FILE", help=f"smolport-run for the device ({BUILT}/ARCHITECTURE)"
-    )
+    command.add_argument("--runner", type=Path, metavar="FILE", help=f"smolport-run for the device ({BUILT}/TARGET)")
     command.add_argument("--threads", type=int, metavar="N", help="default: one for each core of the profile")
     command.add_argument("--tiles", type=int, choices=[0, *TILE_BUDGETS], help="to time; 0: none (the profile's, or 1)")
     command.add_argument("--prefill-tokens", type=int, default=Job.prefill_tokens, metavar="N", help="%(default)s")
