@@ -242,7 +242,7 @@ def _phase(name: str, at: At, limit_ms: float | None) -> PhaseRun:
 
 
 def _setting(line: At) -> Setting:
-    profile, job, first = line["profile"], line["job"], line.optional("first_token_of")
+    profile, job, first = line["profile"], line["job"], line["first_token_of"]
     limits = profile.optional("limits")
     return Setting(
         bundle=_bundle(line["bundle"]),
@@ -258,8 +258,8 @@ def _setting(line: At) -> Setting:
         environment=_environment(line["environment"]),
         job={name: job[name].whole() for name in SETTINGS},
         options={name: at.text() for name, at in job["options"].fields().items()},
-        first_token_tiles=first["tiles"].whole() if first else 0,
-        first_token_tokens=first["tokens"].whole() if first else 0,
+        first_token_tiles=first["tiles"].whole() if first.value is not None else 0,
+        first_token_tokens=first["tokens"].whole() if first.value is not None else 0,
     )
 
 

@@ -17,13 +17,19 @@ settings.load_profile("shared machine")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-size", action="store_true", help="run the tests on checkpoints of a published size too")
+    parser.addoption("--devices", action="store_true", help="run the tests on fake devices and under emulation too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--full-size"):
-        for item in items:
-            if "full_size" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="minutes and gigabytes: make test-full-size"))
+    apart = {
+        "full_size": ("--full-size", "minutes and gigabytes: make test-full-size"),
+        "device": ("--devices", "a fake device or an emulator: make test-devices"),
+    }
+    for marker, (option, reason) in apart.items():
+        if not config.getoption(option):
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
