@@ -71,7 +71,7 @@ def build(
         out: the folder; None: build/native/TARGET.
         headers: the folder of onnxruntime_c_api.h, of API level 21 or later, in place of the pinned one.
         library: ONNX Runtime's shared library, in place of that of the installed package's version.
-        compiler: a command, in place of $CXX, g++ or clang++; for another target a cross compiler.
+        compiler: a command, in place of g++ or clang++; for another target a cross compiler.
         sanitize: with address and undefined-behaviour checks that end the program.
         cache: where fetched packages stay.
 
@@ -135,10 +135,9 @@ def _host_library() -> Path:
 
 
 def _host_compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in ([named] if named else [["g++"], ["clang++"]]):
-        if shutil.which(command[0]):
-            return command
+    for command in ("g++", "clang++"):
+        if shutil.which(command):
+            return [command]
     raise BuildError("no C++ compiler: install g++ or clang++, or give one with --compiler")
 
 
@@ -159,17 +158,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {FOLDER}/TARGET")
     parser.add_argument("--headers", type=Path, metavar="FOLDER", help=f"of {HEADER}; default: fetched, 1.21.0")
     parser.add_argument("--library", type=Path, metavar="FILE", help="ONNX Runtime; default: the installed version's")
-    parser.add_argument("--compiler", metavar="COMMAND", help="default: $CXX, g++, clang++; a cross compiler is fetched")
-    parser.add_argument("--emulator", action="store_true", help="also have qemu-user at hand, which `test-devices` uses")
+    parser.add_argument(
+        "--compiler", metavar="COMMAND", help="default: $CXX, g++, clang++; a cross compiler is fetched"
+    )
+    parser.add_argument(
+        "--emulator", action="store_true", help="also have qemu-user at hand, which `test-devices` uses"
+    )
     parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour checks")
     args = parser.parse_args()
+    compiler = args.compiler or (os.environ.get("CXX") if args.target == "host" else None)
     try:
         done = build(
             args.target,
             args.out,
             headers=args.headers,
             library=args.library,
-            compiler=shlex.split(args.compiler) if args.compiler else None,
+            compiler=shlex.split(compiler) if compiler else None,
             sanitize=args.sanitize,
         )
         if args.emulator and host_architecture() != "aarch64":
