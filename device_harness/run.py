@@ -13,6 +13,7 @@ Not there yet: NPU back ends (QNN, XNNPACK), iOS devices, Core ML bundles.
 
 import argparse
 import json
+import platform
 import re
 import secrets
 import shlex
@@ -36,10 +37,12 @@ from device_harness.result import MOST_PHASES, NAME, Result, fetch, judge, read_
 from device_harness.ssh import SshDevice
 from device_harness.thermal import read_temperatures
 from device_harness.transfer import (
+    PROGRAM,
     Runner,
     bundle_files,
     end_run,
     inside,
+    known_as,
     prepare,
     read_runner,
     remove_run,
@@ -54,7 +57,7 @@ from runtimes.preprocess import TILE_BUDGETS, read_settings
 from runtimes.verify import Case, Parity, bundle_limits, read_cases
 
 EXECUTIONS = ("native", "qemu-user")
-BUILT = Path("build/native")  # where `make native` puts a runner: a folder for each architecture
+BUILT = Path("build/native")  # where runtimes.native.build puts a runner: a folder for each kind of device
 DEADLINE_S = 1800.0
 LOCAL_ROOT = Path("build/device")
 
@@ -231,14 +234,21 @@ def open_device(name: str, *, adb: str = "adb", ssh: str = "ssh", ssh_config: Pa
 
 
 def find_runner(device: Device) -> Path:
-    """The runner that was built here for the device's architecture. Raises ValueError where there is none."""
+    """The runner that was built here for the device. Raises ValueError where there is none."""
     said = demand(device.shell("uname -m", deadline_s=CONTROL_S), f"{device.name}: uname")
-    machine = one_line(said.stdout.decode("utf-8", "replace"), 40)
-    names = {"arm64": "aarch64", "amd64": "x86_64"}
-    program = BUILT / names.get(machine, re.sub(r"\W", "_", machine)) / "smolport-run"
-    if not program.is_file():
-        raise ValueError(f"{program}: missing, the runner for {machine}; build it (runtimes/native) or give --runner")
-    return program
+    machine = known_as(one_line(said.stdout.decode("utf-8", "replace"), 40))
+    system = "android" if isinstance(device, AdbDevice) else "linux"
+    names = {"aarch64": [f"{system}-arm64"]}.get(machine, [])
+    if system == "linux" and machine == known_as(platform.machine()):
+        names = ["host", *names]
+    programs = [BUILT / name / PROGRAM for name in names]
+    for program in programs:
+        if program.is_file():
+            return program
+    where = " or ".join(map(str, programs)) or f"none for {system} on {machine}"
+    raise ValueError(
+        f"no runner for {device.name}: {where}; python -m runtimes.native.build makes one, --runner names one"
+    )
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -266,9 +276,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     command.add_argument("--device", default="local", help="local, ssh://[user@]host[:port][/folder] or adb:SERIAL")
     command.add_argument("--profile", help="a shipped one, or FILE.toml:NAME; none: nothing is limited")
-    command.add_argument(
-        "--runner", type=Path, metavar="FILE", help=f"smolport-run for the device ({BUILT}/ARCHITECTURE)"
-    )
+    command.add_argument("--runner", type=Path, metavar="FILE", help=f"smolport-run for the device ({BUILT}/...)")
     command.add_argument("--threads", type=int, metavar="N", help="default: one for each core of the profile")
     command.add_argument("--tiles", type=int, choices=[0, *TILE_BUDGETS], help="to time; 0: none (the profile's, or 1)")
     command.add_argument("--prefill-tokens", type=int, default=Job.prefill_tokens, metavar="N", help="%(default)s")

@@ -335,7 +335,7 @@ def _with_user(folder: Path) -> list[str]:
             encoding="utf-8",
         )
         script = 'mount --bind "$0" /etc/passwd && mount -t tmpfs none /run && mkdir -m 755 /run/sshd && exec "$@"'
-        return ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", script, str(users)]
+        return ["unshare", "--mount", "--", "sh", "-c", script, str(users)]
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     return []
 

@@ -110,7 +110,12 @@ mkdir -p runner bundle incoming runs && uname -m
     if said.code == 9:
         raise DeviceError("refused", f"{device.name}: {said.last}; name another folder")
     found = one_line(demand(said, f"{device.name}: making {device.root}").stdout.decode("utf-8", "replace"), 40)
-    return ALIASES.get(found, found)
+    return known_as(found)
+
+
+def known_as(machine: str) -> str:
+    """An architecture by the name that Linux gives it."""
+    return ALIASES.get(machine, machine)
 
 
 def _end_runs(pattern: str) -> str:

@@ -1,11 +1,13 @@
 """What many tests stand on: a tiny random checkpoint and its bundle, the carried checkpoint and its bundle."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from benchmarks.export_cost import RANDOM
+from runtimes.native.build import Built
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,6 +109,20 @@ def demo_ios_bundle(demo_checkpoint: Path, calibration: Path, demo_bundle: Path)
         calibration=calibration,
         work=calibration.parent / "work",
     ).bundle
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The runner for this machine."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler on this machine")
+    from runtimes.native.build import build
+    from runtimes.native.packages import BuildError
+
+    try:
+        return build(out=tmp_path_factory.mktemp("native"))
+    except BuildError as exc:
+        pytest.skip(f"the native runner cannot be built here: {exc}")
 
 
 # Random weights amplify quantization noise as no trained model does: the tiny bundles use the shipped int4

@@ -27,17 +27,6 @@ from tests.fakes import make_bundle
 DECODER = "onnx/decoder_model_merged_q4.onnx"
 
 
-@pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The runner for this machine."""
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler on this machine")
-    try:
-        return build(out=tmp_path_factory.mktemp("native"))
-    except BuildError as exc:
-        pytest.skip(f"the native runner cannot be built here: {exc}")
-
-
 def run(native: Built, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [str(native.program), *(str(a) for a in arguments)]
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)

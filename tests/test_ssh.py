@@ -82,9 +82,13 @@ def test_a_connection_that_is_cut_in_a_push_leaves_no_whole_file(
 
 
 def test_a_full_disk_is_named_and_has_room_again(bed: SshBed, tiny_bundle: Path, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "small", tiny_bundle) as folder:
+    sshd, keys = find_sshd(), tmp_path / "keys"
+    assert sshd is not None
+    keys.mkdir(0o700)
+    # a server of its own: one that is in a mount namespace sees what was mounted before it started
+    with small_disk(tmp_path / "small", tiny_bundle) as folder, ssh_bed(keys, sshd) as own:
         with (
-            closing(SshDevice(f"{bed.address}{folder}/d", config=bed.config)) as device,
+            closing(SshDevice(f"{own.address}{folder}/d", config=own.config)) as device,
             pytest.raises(DeviceError, match="No space left") as caught,
         ):
             run_quickly(tiny_bundle, device, read_runner(make_runner(tmp_path / "runner")))
