@@ -10,12 +10,12 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE DEVICE RUNNER EMULATOR
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify ask quality search bench bench-kernels devices run-device report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -31,6 +31,11 @@ test: $(STAMP)  ## run all tests
 
 test-full-size: $(STAMP)  ## the 2.2B (random weights): minutes, 7 GB of memory, 10 GB of disk
 	@$(PY) -m pytest --full-size -m full_size
+
+test-devices: $(STAMP)  ## fake devices: adbd in a network namespace, sshd, ARM64 emulated (Debian and root; what is missing is skipped)
+	@$(PY) -m device_harness.testbed || true
+	@$(PY) -m runtimes.native.build --target linux-arm64 --emulator || true
+	@$(PY) -m pytest --devices tests/test_adb.py tests/test_ssh.py tests/test_native.py
 
 check: $(STAMP)  ## format, lint, types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
@@ -68,6 +73,12 @@ search: $(STAMP)  ## MODEL=folder-or-hub-id DATA=documents.jsonl MAX_SIZE=900MB 
 
 bench: $(STAMP)  ## BUNDLE=folder [PROFILE=pixel-8] [OUT=runs.jsonl]: latency and memory here, within a device's limits
 	@$(PY) -m benchmarks.run $${PROFILE:+--profile="$$PROFILE"} $${OUT:+--out="$$OUT"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
+
+devices: $(STAMP)  ## list the devices that are connected
+	@$(PY) -m device_harness.list
+
+run-device: $(STAMP)  ## BUNDLE=folder DEVICE=local|ssh://[user@]host[:port][/folder]|adb:SERIAL [PROFILE=pixel-8] [RUNNER=file [EMULATOR=words]] [OUT=runs.jsonl]
+	@$(PY) -m device_harness.run --device="$${DEVICE:?is missing: local, ssh://host or adb:SERIAL (make devices)}" $${PROFILE:+--profile="$$PROFILE"} $${RUNNER:+--runner="$$RUNNER"} $${EMULATOR:+--emulator="$$EMULATOR"} $${OUT:+--out="$$OUT"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
 bench-kernels: $(STAMP)  ## [OUT=build/kernels.json]: what the pieces take, and two exports
 	@mkdir -p build

@@ -14,6 +14,7 @@ from device_harness.list import main as list_main
 from device_harness.run import main
 from device_harness.testbed import PORT, AdbBed, adb_bed, fetched, obstacle
 from device_harness.transfer import read_runner
+from runtimes.native.build import Built
 from tests.fake_runner import make_runner
 from tests.faults import alive, lose_in_a_push, lose_in_a_run, run_quickly, small_disk, when
 
@@ -76,6 +77,10 @@ def test_a_device_is_listed_with_its_state(bed: AdbBed, capsys: pytest.CaptureFi
         assert f"adb:{bed.serial}\tdevice" not in capsys.readouterr().out
     finally:
         bed.start()
+
+
+def test_the_native_runner_runs_there(device: AdbDevice, native: Built, tiny_bundle: Path) -> None:
+    assert run_quickly(tiny_bundle, device, read_runner(native.program)).parity.passed
 
 
 def test_a_file_whose_folder_cannot_be_is_said(device: AdbDevice, tmp_path: Path) -> None:

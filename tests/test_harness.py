@@ -25,7 +25,10 @@ from device_harness.thermal import parse_thermalservice, parse_zones
 from device_harness.transfer import elf_machine, parse_digests, read_runner
 from runtimes.bundle import read_bundle
 from runtimes.manifest import BundleError
+from runtimes.native.build import Built
+from runtimes.verify import verify
 from tests.fake_runner import make_runner
+from tests.runs import run_line, write_lines
 
 QUICK = Setting(Job(), {}, measure=False, deadline_s=60)
 
@@ -122,6 +125,32 @@ def test_a_nibble_flipped_after_the_push_is_refused_by_the_runner(tiny_bundle: P
     with pytest.raises(DeviceError, match=r"failed|refused.*content has changed") as caught:
         run_on_device(read_bundle(tiny_bundle), Between(tmp_path / "d", spoil), runner, QUICK)
     assert "content has changed" in str(caught.value)
+
+
+def test_the_native_runner_measures_each_phase_and_refuses_a_flipped_nibble(
+    native: Built, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle, runner = read_bundle(tiny_bundle), read_runner(native.program)
+    setting = Setting(Job(tiles=1, prefill_tokens=16, decode_at=8, decode_tokens=4, repeats=2), {}, deadline_s=60)
+    device = LocalDevice(tmp_path / "d")
+    outcome = run_on_device(bundle, device, runner, setting)
+    assert outcome.parity.passed
+    assert outcome.parity.logits_error == pytest.approx(verify(bundle).logits_error, rel=1e-6)
+    phases = outcome.result.phases
+    assert {name: len(phase.samples_ms) for name, phase in phases.items()} == {
+        "verify": 1,
+        "load": 1,
+        "image": 2,
+        "prefill": 2,
+        "decode": 4,
+    }
+    assert all(phase.peak_rss_mib is None or phase.peak_rss_mib > 1 for phase in phases.values())
+    assert outcome.record["device"]["pushed"]["runner"] == ["smolport-run", "libonnxruntime.so.1"]
+    again = run_on_device(bundle, device, runner, setting)
+    assert again.record["device"]["pushed"] == {"runner": ["smolport-run"], "bundle": []}
+    with pytest.raises(DeviceError, match=decoder_data(tiny_bundle).name) as caught:
+        run_on_device(bundle, Between(tmp_path / "d", spoil), runner, setting)
+    assert caught.value.reason == "refused"
 
 
 def test_weights_changed_under_a_runner_that_does_not_look_are_seen_in_the_arrays(
@@ -367,6 +396,12 @@ def test_the_command_measures_within_a_profile_and_a_report_takes_its_line(
     assert "on profile p: over load" in text
     assert "ONNX Runtime 1.32.0" in text
     assert "Python ," not in text
+
+
+def test_an_emulated_run_is_in_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = write_lines(tmp_path / "lines.jsonl", [run_line(execution="qemu-user")])
+    assert report([str(lines), "--out", str(tmp_path / "report")]) == 2
+    assert "line 1: execution is 'qemu-user', want a run that has times" in capsys.readouterr().err
 
 
 def test_nothing_is_written_for_a_run_that_failed(

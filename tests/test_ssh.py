@@ -4,17 +4,21 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from device_harness.device import DeviceError
-from device_harness.run import main
+from device_harness.run import main, run_on_device
 from device_harness.ssh import SshDevice
 from device_harness.testbed import SshBed, find_sshd, ssh_bed
 from device_harness.transfer import read_runner
+from runtimes.bundle import read_bundle
+from runtimes.native.build import FOLDER, PROGRAM, Built
+from runtimes.native.packages import emulator
 from tests.fake_runner import make_runner
-from tests.faults import alive, lose_in_a_push, lose_in_a_run, run_quickly, small_disk
+from tests.faults import QUICK, alive, lose_in_a_push, lose_in_a_run, run_quickly, small_disk
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,12 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshBed]:
     folder = tmp_path_factory.mktemp("ssh")
     folder.chmod(0o700)
     with ssh_bed(folder, sshd) as found:
+        try:
+            SshDevice(found.address, config=found.config).close()
+        except DeviceError:
+            if "account is locked" in (found.config.parent / "sshd.log").read_text():
+                pytest.skip("sshd lets nobody in whose password is locked, as this user's is")
+            raise
         yield found
 
 
@@ -54,6 +64,32 @@ def test_a_bundle_is_pushed_once_run_and_judged(
     assert second["device"]["pushed"]["bundle"] == []
     assert not first["simulated"]
     assert first["phases"]["decode"]["samples_ms"]
+
+
+def test_the_native_runner_runs_there(device: SshDevice, native: Built, tiny_bundle: Path) -> None:
+    outcome = run_quickly(tiny_bundle, device, read_runner(native.program))
+    assert outcome.parity.passed
+    assert outcome.record["execution"] == "native"
+
+
+@pytest.mark.device
+def test_an_arm64_runner_runs_there_under_emulation(device: SshDevice, tiny_bundle: Path) -> None:
+    cache = FOLDER / "cache"
+    program, sysroot = FOLDER / "linux-arm64" / PROGRAM, cache / "cross" / "usr" / "aarch64-linux-gnu"
+    qemu = emulator(cache)
+    if qemu is None or not program.is_file():
+        pytest.skip(
+            "no runner for ARM64 or no qemu 10: python -m runtimes.native.build --target linux-arm64 --emulator"
+        )
+    words = [str(qemu.absolute()), "-cpu", "max", "-L", str(sysroot.absolute())]
+    runner = read_runner(program, words)
+    with pytest.raises(DeviceError, match="the runner is for aarch64"):
+        run_on_device(read_bundle(tiny_bundle), device, read_runner(program), QUICK)
+    outcome = run_on_device(read_bundle(tiny_bundle), device, runner, replace(QUICK, execution="qemu-user"))
+    assert outcome.parity.passed
+    assert outcome.result.machine.architecture == "aarch64"
+    assert "i8mm" in outcome.result.machine.cpu_features
+    assert (outcome.record["phases"], outcome.record["peak_rss_mib"]) == ({}, None)
 
 
 def test_a_connection_that_is_cut_in_a_run_is_a_failed_run_and_the_next_one_ends_what_it_left(
