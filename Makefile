@@ -10,12 +10,12 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE TARGET
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify ask quality search bench bench-kernels report native clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -31,6 +31,10 @@ test: $(STAMP)  ## run all tests
 
 test-full-size: $(STAMP)  ## the 2.2B (random weights): minutes, 7 GB of memory, 10 GB of disk
 	@$(PY) -m pytest --full-size -m full_size
+
+test-devices: $(STAMP)  ## the native runner for AArch64, emulated; fetches a cross compiler, its ONNX Runtime and qemu by apt and pip
+	@$(PY) -m runtimes.native.build --target=linux-arm64 --emulator
+	@$(PY) -m pytest -m device tests
 
 check: $(STAMP)  ## format, lint, types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
@@ -88,6 +92,9 @@ $(ASKED): | $(STAMP)
 	@rm -rf $@.partial
 	@$(PY) -m demo.documents --split test --count 200 --out $@.partial
 	@mv $@.partial $@
+
+native: $(STAMP)  ## [TARGET=linux-arm64] [OUT=folder]: the runner for devices, in C++, into build/native
+	@$(PY) -m runtimes.native.build --target="$${TARGET:-host}" $${OUT:+--out="$$OUT"}
 
 clean:  ## remove the demo's bundles and every cache (.venv and other builds stay)
 	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules
