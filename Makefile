@@ -10,12 +10,12 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE DEVICE RUNNER EMULATOR
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE DEVICE RUNNER EMULATOR TARGET
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify ask quality search bench bench-kernels devices run-device report clean
+.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify ask quality search bench bench-kernels devices run-device report native clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -32,10 +32,10 @@ test: $(STAMP)  ## run all tests
 test-full-size: $(STAMP)  ## the 2.2B (random weights): minutes, 7 GB of memory, 10 GB of disk
 	@$(PY) -m pytest --full-size -m full_size
 
-test-devices: $(STAMP)  ## fake devices: adbd in a network namespace, sshd, ARM64 emulated (Debian and root; what is missing is skipped)
+test-devices: $(STAMP)  ## fake devices: adbd in a network namespace, sshd, ARM64 emulated; fetches what they take (as root on Debian), skips what is missing
 	@$(PY) -m device_harness.testbed || true
-	@$(PY) -m runtimes.native.build --target linux-arm64 --emulator || true
-	@$(PY) -m pytest --devices tests/test_adb.py tests/test_ssh.py tests/test_native.py
+	@$(PY) -m runtimes.native.build --target=linux-arm64 --emulator || true
+	@$(PY) -m pytest --devices tests/test_adb.py tests/test_arm64.py tests/test_ssh.py
 
 check: $(STAMP)  ## format, lint, types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
@@ -99,6 +99,9 @@ $(ASKED): | $(STAMP)
 	@rm -rf $@.partial
 	@$(PY) -m demo.documents --split test --count 200 --out $@.partial
 	@mv $@.partial $@
+
+native: $(STAMP)  ## [TARGET=linux-arm64] [OUT=folder]: the runner for devices, in C++, into build/native
+	@$(PY) -m runtimes.native.build --target="$${TARGET:-host}" $${OUT:+--out="$$OUT"}
 
 clean:  ## remove the demo's bundles and every cache (.venv and other builds stay)
 	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules

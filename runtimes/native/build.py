@@ -53,6 +53,10 @@ class Built:
         """The program's file."""
         return self.folder / PROGRAM
 
+    def emulated(self, emulator: Path, cpu: str) -> list[str]:
+        """The command that runs the program on a CPU that qemu-user shows, such as cortex-a76."""
+        return [str(emulator), "-cpu", cpu, *(["-L", str(self.sysroot)] if self.sysroot else []), str(self.program)]
+
 
 def build(
     target: str = "host",
@@ -62,6 +66,7 @@ def build(
     library: Path | None = None,
     compiler: Sequence[str] | None = None,
     sanitize: bool = False,
+    fetch: bool = True,
     cache: Path = FOLDER / "cache",
 ) -> Built:
     """Compiles the runner and puts the library beside it; both replace what was there.
@@ -73,6 +78,7 @@ def build(
         library: ONNX Runtime's shared library, in place of that of the installed package's version.
         compiler: a command, in place of g++ or clang++; for another target a cross compiler.
         sanitize: with address and undefined-behaviour checks that end the program.
+        fetch: get what is missing; otherwise that is an error.
         cache: where fetched packages stay.
 
     Raises:
@@ -86,11 +92,11 @@ def build(
         if compiler:
             command = list(compiler)
         else:
-            command, sysroot = cross_compiler(cache)
+            command, sysroot = cross_compiler(cache, fetch)
     else:
         raise BuildError(f"target is {target}, want one of {', '.join(TARGETS)}")
-    include = _own_headers(headers) if headers else header_folder(cache)
-    source = library or (_host_library() if target == "host" else arm64_library(cache, engine_version()))
+    include = _own_headers(headers) if headers else header_folder(cache, fetch)
+    source = library or (_host_library() if target == "host" else arm64_library(cache, engine_version(), fetch))
     if not source.is_file():
         raise BuildError(f"{source}: is no file, want ONNX Runtime's shared library")
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +106,7 @@ def build(
     (out / f".{LIBRARY}.partial").replace(shared)
     digest = f'-DSMOLPORT_SOURCE_SHA256="{source_sha256()}"'
     extra = SANITIZE if sanitize else STATIC
-    link = [str(shared), "-Wl,-rpath,$ORIGIN", "-Wl,-rpath-link,.", "-Wl,--allow-shlib-undefined"]
+    link = [str(shared), "-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined"]
     run(
         [*command, *FLAGS, *extra, digest, f"-I{include}", str(SOURCES / "main.cpp"), *link, "-o", str(half)],
         f"{SOURCES / 'main.cpp'} for {target}",
