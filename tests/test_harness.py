@@ -2,7 +2,11 @@
 
 import json
 import os
+import platform
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +19,9 @@ from benchmarks.records import read_runs
 from benchmarks.report import main as report
 from device_harness.adb import Listed, parse_devices
 from device_harness.device import MOST_ANSWER, Device, DeviceError, Said, one_line, pull, run_command
+from device_harness.list import main as list_main
 from device_harness.local import LocalDevice
+from device_harness.no_vsock import MACHINES
 from device_harness.profiles import Profile, find_profile
 from device_harness.record import Job, over
 from device_harness.result import PhaseFound
@@ -27,7 +33,7 @@ from runtimes.bundle import read_bundle
 from runtimes.manifest import BundleError
 from runtimes.native.build import Built
 from runtimes.verify import verify
-from tests.fake_runner import make_runner
+from tests.fake_runner import ROOT, make_runner
 from tests.runs import run_line, write_lines
 
 QUICK = Setting(Job(), {}, measure=False, deadline_s=60)
@@ -556,3 +562,21 @@ def test_what_a_device_says_cannot_write_on_a_terminal() -> None:
 
 def test_a_device_is_known_by_its_name(tmp_path: Path) -> None:
     assert open_device(f"local:{tmp_path}").root == str(tmp_path)
+
+
+def test_a_machine_without_adb_still_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_main(["--adb", "no such program"]) == 0
+    printed = capsys.readouterr().out
+    assert "no such program is not installed, so no Android device is listed" in printed
+    assert printed.startswith("local\tthis machine")
+
+
+def test_a_fake_device_can_open_no_vsock_socket() -> None:
+    if not hasattr(socket, "AF_VSOCK") or platform.machine() not in MACHINES:
+        pytest.skip(f"no filter for {platform.system()} on {platform.machine()}")
+    script = "import socket; socket.socket(); socket.socket(socket.AF_VSOCK)"
+    command = [sys.executable, "-m", "device_harness.no_vsock", sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "OSError: [Errno 97]" in done.stderr
+    assert "line 1" in done.stderr
