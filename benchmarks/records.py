@@ -209,6 +209,8 @@ def read_kernels(path: Path) -> list[Kernel]:
 
 def _run(line: At) -> Run:
     _schema(line, RUN_SCHEMA)
+    if line["execution"].value == "qemu-user":
+        line["execution"].fail("a run that has times: an emulated one states none")
     physical = line.optional("physical")
     least = {name: at.positive() for name, at in physical["limits_ms"].fields(MOST_PHASES).items()} if physical else {}
     phases = {name: _phase(name, at, least.get(name)) for name, at in line["phases"].fields(MOST_PHASES).items()}

@@ -24,6 +24,8 @@ from device_harness.device import (
 ROOT = "/data/local/tmp/smolport"  # the one place where adb's user may write and run programs
 SERIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 
+GONE = re.compile(r"offline|device '.*' not found|no devices|unauthorized|closed|read copy response|protocol fault")
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -53,11 +55,14 @@ class AdbDevice:
             raise ValueError(f"{serial!r} is no serial number, as `adb devices` prints it")
         self.name, self.root = f"adb:{serial}", root
         self._adb = [program, "-s", serial]
+        state, said = self._state()
+        if state != "device":
+            raise DeviceError("offline", f"{self.name}: not ready; adb said {said or state or 'nothing'}")
+
+    def _state(self) -> tuple[str, str]:
+        """What `get-state` gives, and what it says beside."""
         code, out, err = run_command([*self._adb, "get-state"], CONTROL_S)
-        state = one_line(out.decode("utf-8", "replace"))
-        if code or state != "device":
-            said = one_line(" / ".join(err)) or state or "nothing"
-            raise DeviceError("offline", f"{self.name}: not ready; adb said {said}")
+        return "" if code else one_line(out.decode("utf-8", "replace")), one_line(" / ".join(err))
 
     def _command(self, script: str) -> list[str]:
         return [*self._adb, "shell", "-T", script]
@@ -81,9 +86,9 @@ class AdbDevice:
         code, out, err = run_command([*self._adb, "push", str(file), path], deadline_s)
         if code:
             said = one_line(" / ".join([*err, out.decode("utf-8", "replace")])) or "nothing"
-            gone = re.search(r"offline|not found|no devices|closed|unauthorized", said) is not None
             reason = reason_of(code, said)
-            raise DeviceError("offline" if gone and reason == "failed" else reason, f"adb push to {path}: {said}")
+            lost = reason == "failed" and (GONE.search(said) is not None or self._state()[0] != "device")
+            raise DeviceError("offline" if lost else reason, f"adb push to {path}: {said}")
 
     def close(self) -> None:
         """adb's server is its user's, and stays."""

@@ -37,10 +37,12 @@ from device_harness.result import MOST_PHASES, NAME, Result, fetch, judge, read_
 from device_harness.ssh import SshDevice
 from device_harness.thermal import read_temperatures
 from device_harness.transfer import (
+    PROGRAM,
     Runner,
     bundle_files,
     end_run,
     inside,
+    known_as,
     prepare,
     read_runner,
     remove_run,
@@ -55,7 +57,7 @@ from runtimes.preprocess import TILE_BUDGETS, read_settings
 from runtimes.verify import Case, Parity, bundle_limits, read_cases
 
 EXECUTIONS = ("native", "qemu-user")
-BUILT = Path("build/native")  # where `make native` puts a runner: a folder for each target
+BUILT = Path("build/native")  # where runtimes.native.build puts a runner: a folder for each kind of device
 DEADLINE_S = 1800.0
 LOCAL_ROOT = Path("build/device")
 
@@ -232,17 +234,20 @@ def open_device(name: str, *, adb: str = "adb", ssh: str = "ssh", ssh_config: Pa
 
 
 def find_runner(device: Device) -> Path:
-    """The runner that was built here for the device's architecture. Raises ValueError where there is none."""
+    """The runner that was built here for the device. Raises ValueError where there is none."""
     said = demand(device.shell("uname -m", deadline_s=CONTROL_S), f"{device.name}: uname")
-    machine = one_line(said.stdout.decode("utf-8", "replace"), 40)
-    targets = {"aarch64": "linux-arm64", "arm64": "linux-arm64"} | {platform.machine(): "host"}
-    if machine not in targets:
-        raise ValueError(f"{device.name}: is {machine}, for which no runner is built here; give --runner")
-    program = BUILT / targets[machine] / "smolport-run"
-    if not program.is_file():
-        target = "" if targets[machine] == "host" else f" TARGET={targets[machine]}"
-        raise ValueError(f"{program}: missing, the runner for {machine}: make native{target}, or give --runner")
-    return program
+    machine = known_as(one_line(said.stdout.decode("utf-8", "replace"), 40))
+    system = "android" if isinstance(device, AdbDevice) else "linux"
+    names = {"aarch64": [f"{system}-arm64"]}.get(machine, [])
+    if system == "linux" and machine == known_as(platform.machine()):
+        names = ["host", *names]
+    programs = [BUILT / name / PROGRAM for name in names]
+    for program in programs:
+        if program.is_file():
+            return program
+    target = f" TARGET={names[0]}" if names and names[0] != "host" else ""
+    where = " or ".join(map(str, programs)) or f"none for {system} on {machine}"
+    raise ValueError(f"no runner for {device.name}: {where}; make native{target} makes one, --runner names one")
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -270,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     command.add_argument("--device", default="local", help="local, ssh://[user@]host[:port][/folder] or adb:SERIAL")
     command.add_argument("--profile", help="a shipped one, or FILE.toml:NAME; none: nothing is limited")
-    command.add_argument("--runner", type=Path, metavar="FILE", help=f"smolport-run for the device ({BUILT}/TARGET)")
+    command.add_argument("--runner", type=Path, metavar="FILE", help=f"smolport-run for the device ({BUILT}/...)")
     command.add_argument("--threads", type=int, metavar="N", help="default: one for each core of the profile")
     command.add_argument("--tiles", type=int, choices=[0, *TILE_BUDGETS], help="to time; 0: none (the profile's, or 1)")
     command.add_argument("--prefill-tokens", type=int, default=Job.prefill_tokens, metavar="N", help="%(default)s")

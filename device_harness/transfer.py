@@ -25,6 +25,7 @@ from runtimes.manifest import MANIFEST
 PROGRAM = "smolport-run"
 MARK = ".smolport-device"
 MOST_FILES = 10_000
+LINES_A_SCRIPT = 16
 ELF_MACHINES = {3: "i686", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 ALIASES = {"arm64": "aarch64", "amd64": "x86_64", "i386": "i686", "i586": "i686"}
 
@@ -109,7 +110,12 @@ mkdir -p runner bundle incoming runs && uname -m
     if said.code == 9:
         raise DeviceError("refused", f"{device.name}: {said.last}; name another folder")
     found = one_line(demand(said, f"{device.name}: making {device.root}").stdout.decode("utf-8", "replace"), 40)
-    return ALIASES.get(found, found)
+    return known_as(found)
+
+
+def known_as(machine: str) -> str:
+    """An architecture by the name that Linux gives it."""
+    return ALIASES.get(machine, machine)
 
 
 def _end_runs(pattern: str) -> str:
@@ -218,9 +224,15 @@ def send_bundle(device: Device, runner: Runner, files: Mapping[str, Sent], say: 
 
 
 def _remove(device: Device, folder: str, paths: set[str]) -> None:
-    for path in sorted(paths):
-        script = f"rm -f -- {inside(device, folder, path)}"
-        demand(device.shell(script, deadline_s=CONTROL_S), f"removing {folder}/{one_line(path, 80)}")
+    removals = [f"rm -f -- {inside(device, folder, path)} || exit 1" for path in sorted(paths)]
+    _several(device, removals, f"removing files of {folder}")
+
+
+def _several(device: Device, lines: Sequence[str], what: str) -> None:
+    """Runs lines in order, many at a time: each script is a journey to the device, and has a longest length."""
+    for start in range(0, len(lines), LINES_A_SCRIPT):
+        script = "\n".join(lines[start : start + LINES_A_SCRIPT])
+        demand(device.shell(script, deadline_s=CONTROL_S), what)
 
 
 def _place(
@@ -241,12 +253,13 @@ def _place(
                 if found.get(str(number)) != (sent.size, sent.sha256):
                     size = f"{found[str(number)][0]:,} bytes" if str(number) in found else "nothing"
                     raise DeviceError("failed", f"{path} did not arrive whole: {size} of {sent.size:,}, or other ones")
+        moves = []
         for number, path in enumerate(files):
-            target = inside(device, folder, path)
+            source, target = inside(device, "incoming", str(number)), inside(device, folder, path)
             mode = 755 if path == PROGRAM and folder == "runner" else 644
-            script = f'mkdir -p "$(dirname {target})" && chmod {mode} {inside(device, "incoming", str(number))}'
-            script += f" && mv -f {inside(device, 'incoming', str(number))} {target}"
-            demand(device.shell(script, deadline_s=CONTROL_S), f"placing {folder}/{path}")
+            move = f"chmod {mode} {source} && mv -f {source} {target}"
+            moves.append(f'mkdir -p "$(dirname {target})" && {move} || exit 1')
+        _several(device, moves, f"placing files in {folder}")
     except DeviceError as exc:
         if exc.reason == "full disk":
             device.shell(

@@ -2,7 +2,11 @@
 
 import json
 import os
+import platform
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +19,9 @@ from benchmarks.records import read_runs
 from benchmarks.report import main as report
 from device_harness.adb import Listed, parse_devices
 from device_harness.device import MOST_ANSWER, Device, DeviceError, Said, one_line, pull, run_command
+from device_harness.list import main as list_main
 from device_harness.local import LocalDevice
+from device_harness.no_vsock import MACHINES
 from device_harness.profiles import Profile, find_profile
 from device_harness.record import Job, over
 from device_harness.result import PhaseFound
@@ -25,7 +31,10 @@ from device_harness.thermal import parse_thermalservice, parse_zones
 from device_harness.transfer import elf_machine, parse_digests, read_runner
 from runtimes.bundle import read_bundle
 from runtimes.manifest import BundleError
-from tests.fake_runner import make_runner
+from runtimes.native.build import Built
+from runtimes.verify import verify
+from tests.fake_runner import ROOT, make_runner
+from tests.runs import run_line, write_lines
 
 QUICK = Setting(Job(), {}, measure=False, deadline_s=60)
 
@@ -122,6 +131,32 @@ def test_a_nibble_flipped_after_the_push_is_refused_by_the_runner(tiny_bundle: P
     with pytest.raises(DeviceError, match=r"failed|refused.*content has changed") as caught:
         run_on_device(read_bundle(tiny_bundle), Between(tmp_path / "d", spoil), runner, QUICK)
     assert "content has changed" in str(caught.value)
+
+
+def test_the_native_runner_measures_each_phase_and_refuses_a_flipped_nibble(
+    native: Built, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle, runner = read_bundle(tiny_bundle), read_runner(native.program)
+    setting = Setting(Job(tiles=1, prefill_tokens=16, decode_at=8, decode_tokens=4, repeats=2), {}, deadline_s=60)
+    device = LocalDevice(tmp_path / "d")
+    outcome = run_on_device(bundle, device, runner, setting)
+    assert outcome.parity.passed
+    assert outcome.parity.logits_error == pytest.approx(verify(bundle).logits_error, rel=1e-6)
+    phases = outcome.result.phases
+    assert {name: len(phase.samples_ms) for name, phase in phases.items()} == {
+        "verify": 1,
+        "load": 1,
+        "image": 2,
+        "prefill": 2,
+        "decode": 4,
+    }
+    assert all(phase.peak_rss_mib is None or phase.peak_rss_mib > 1 for phase in phases.values())
+    assert outcome.record["device"]["pushed"]["runner"] == ["smolport-run", "libonnxruntime.so.1"]
+    again = run_on_device(bundle, device, runner, setting)
+    assert again.record["device"]["pushed"] == {"runner": ["smolport-run"], "bundle": []}
+    with pytest.raises(DeviceError, match=decoder_data(tiny_bundle).name) as caught:
+        run_on_device(bundle, Between(tmp_path / "d", spoil), runner, setting)
+    assert caught.value.reason == "refused"
 
 
 def test_weights_changed_under_a_runner_that_does_not_look_are_seen_in_the_arrays(
@@ -369,6 +404,12 @@ def test_the_command_measures_within_a_profile_and_a_report_takes_its_line(
     assert "Python ," not in text
 
 
+def test_an_emulated_run_is_in_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = write_lines(tmp_path / "lines.jsonl", [run_line(execution="qemu-user")])
+    assert report([str(lines), "--out", str(tmp_path / "report")]) == 2
+    assert "line 1: execution is 'qemu-user', want a run that has times" in capsys.readouterr().err
+
+
 def test_nothing_is_written_for_a_run_that_failed(
     tiny_bundle: Path, device: Device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -521,3 +562,21 @@ def test_what_a_device_says_cannot_write_on_a_terminal() -> None:
 
 def test_a_device_is_known_by_its_name(tmp_path: Path) -> None:
     assert open_device(f"local:{tmp_path}").root == str(tmp_path)
+
+
+def test_a_machine_without_adb_still_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_main(["--adb", "no such program"]) == 0
+    printed = capsys.readouterr().out
+    assert "no such program is not installed, so no Android device is listed" in printed
+    assert printed.startswith("local\tthis machine")
+
+
+def test_a_fake_device_can_open_no_vsock_socket() -> None:
+    if not hasattr(socket, "AF_VSOCK") or platform.machine() not in MACHINES:
+        pytest.skip(f"no filter for {platform.system()} on {platform.machine()}")
+    script = "import socket; socket.socket(); socket.socket(socket.AF_VSOCK)"
+    command = [sys.executable, "-m", "device_harness.no_vsock", sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "OSError: [Errno 97]" in done.stderr
+    assert "line 1" in done.stderr

@@ -53,6 +53,10 @@ class Built:
         """The program's file."""
         return self.folder / PROGRAM
 
+    def emulated(self, emulator: Path, cpu: str) -> list[str]:
+        """The command that runs the program on a CPU that qemu-user shows, such as cortex-a76."""
+        return [str(emulator), "-cpu", cpu, *(["-L", str(self.sysroot)] if self.sysroot else []), str(self.program)]
+
 
 def build(
     target: str = "host",
@@ -62,6 +66,7 @@ def build(
     library: Path | None = None,
     compiler: Sequence[str] | None = None,
     sanitize: bool = False,
+    fetch: bool = True,
     cache: Path = FOLDER / "cache",
 ) -> Built:
     """Compiles the runner and puts the library beside it; both replace what was there.
@@ -71,8 +76,9 @@ def build(
         out: the folder; None: build/native/TARGET.
         headers: the folder of onnxruntime_c_api.h, of API level 21 or later, in place of the pinned one.
         library: ONNX Runtime's shared library, in place of that of the installed package's version.
-        compiler: a command, in place of $CXX, g++ or clang++; for another target a cross compiler.
+        compiler: a command, in place of g++ or clang++; for another target a cross compiler.
         sanitize: with address and undefined-behaviour checks that end the program.
+        fetch: get what is missing; otherwise that is an error.
         cache: where fetched packages stay.
 
     Raises:
@@ -86,11 +92,11 @@ def build(
         if compiler:
             command = list(compiler)
         else:
-            command, sysroot = cross_compiler(cache)
+            command, sysroot = cross_compiler(cache, fetch)
     else:
         raise BuildError(f"target is {target}, want one of {', '.join(TARGETS)}")
-    include = _own_headers(headers) if headers else header_folder(cache)
-    source = library or (_host_library() if target == "host" else arm64_library(cache, engine_version()))
+    include = _own_headers(headers) if headers else header_folder(cache, fetch)
+    source = library or (_host_library() if target == "host" else arm64_library(cache, engine_version(), fetch))
     if not source.is_file():
         raise BuildError(f"{source}: is no file, want ONNX Runtime's shared library")
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +106,7 @@ def build(
     (out / f".{LIBRARY}.partial").replace(shared)
     digest = f'-DSMOLPORT_SOURCE_SHA256="{source_sha256()}"'
     extra = SANITIZE if sanitize else STATIC
-    link = [str(shared), "-Wl,-rpath,$ORIGIN", "-Wl,-rpath-link,.", "-Wl,--allow-shlib-undefined"]
+    link = [str(shared), "-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined"]
     run(
         [*command, *FLAGS, *extra, digest, f"-I{include}", str(SOURCES / "main.cpp"), *link, "-o", str(half)],
         f"{SOURCES / 'main.cpp'} for {target}",
@@ -135,10 +141,9 @@ def _host_library() -> Path:
 
 
 def _host_compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [["g++"], ["clang++"]]:
-        if shutil.which(command[0]):
-            return command
+    for command in ("g++", "clang++"):
+        if shutil.which(command):
+            return [command]
     raise BuildError("no C++ compiler: install g++ or clang++, or give one with --compiler")
 
 
@@ -167,13 +172,14 @@ def main() -> int:
     )
     parser.add_argument("--sanitize", action="store_true", help="with address and undefined-behaviour checks")
     args = parser.parse_args()
+    compiler = args.compiler or (os.environ.get("CXX") if args.target == "host" else None)
     try:
         done = build(
             args.target,
             args.out,
             headers=args.headers,
             library=args.library,
-            compiler=shlex.split(args.compiler) if args.compiler else None,
+            compiler=shlex.split(compiler) if compiler else None,
             sanitize=args.sanitize,
         )
         if args.emulator and host_architecture() != "aarch64":

@@ -336,6 +336,9 @@ class Cases {
 inline Limits read_limits(const Bundle& bundle) {
   const std::string where = listed_path(bundle, "report.json");
   const Json report = read_json(where);
+  const std::string of = report.at("payload_digest", where).string(where + ": payload_digest");
+  if (of != bundle.payload_digest)
+    throw BadInput(where + ": is the proof of payload " + of + ", this one is " + bundle.payload_digest);
   const Json& limits = report.at("verify_limits", where);
   return {limits.at("features", where + ": verify_limits").number(where + ": verify_limits.features"),
           limits.at("logits", where + ": verify_limits").number(where + ": verify_limits.logits")};

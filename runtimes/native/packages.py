@@ -25,7 +25,6 @@ HEADER_PACKAGE, EMULATOR_PACKAGE, CROSS_PACKAGE = "libonnxruntime-dev", "qemu-us
 HEADER_VERSION, EMULATOR_LEAST = "1.21.0+dfsg-1", 10
 SUITE = "trixie"
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-SYSROOT = Path("/")
 
 
 class BuildError(RuntimeError):
@@ -50,7 +49,7 @@ def run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
     return done.stdout
 
 
-def header_folder(cache: Path, progress: bool = True) -> Path:
+def header_folder(cache: Path, fetch: bool = True) -> Path:
     """The folder of the pinned header: of the system, of the cache, or fetched into it.
 
     Raises:
@@ -60,7 +59,7 @@ def header_folder(cache: Path, progress: bool = True) -> Path:
         if (folder / HEADER).is_file() and _sha256(folder / HEADER) == HEADER_SHA256:
             return folder
     hint = "give the folder of another copy with --headers"
-    _unpack(cache, "headers", SUITE, [f"{HEADER_PACKAGE}={HEADER_VERSION}"], hint, progress)
+    _unpack(cache, "headers", SUITE, [f"{HEADER_PACKAGE}={HEADER_VERSION}"], hint, fetch)
     path = cache / "headers" / "usr/include/onnxruntime" / HEADER
     found = _sha256(path) if path.is_file() else "missing"
     if found != HEADER_SHA256:
@@ -68,7 +67,7 @@ def header_folder(cache: Path, progress: bool = True) -> Path:
     return path.parent
 
 
-def cross_compiler(cache: Path, progress: bool = True) -> tuple[list[str], Path]:
+def cross_compiler(cache: Path, fetch: bool = True) -> tuple[list[str], Path]:
     """The command of a C++ compiler for AArch64, and the folder with its C library, for an emulator's -L.
 
     Raises:
@@ -80,7 +79,7 @@ def cross_compiler(cache: Path, progress: bool = True) -> tuple[list[str], Path]
     compiler = root / "usr/bin" / CROSS_COMPILER
     if not compiler.exists():
         hint = f"install {CROSS_PACKAGE}, or give another compiler with --compiler"
-        _unpack(cache, "cross", None, [CROSS_PACKAGE], hint, progress)
+        _unpack(cache, "cross", None, [CROSS_PACKAGE], hint, fetch)
         if not compiler.exists():
             raise BuildError(f"{compiler}: is missing in {CROSS_PACKAGE}; {hint}")
     # Linker scripts name absolute paths, which are taken below the root; the assembler's own libraries lie there too.
@@ -99,7 +98,7 @@ def emulator(cache: Path) -> Path | None:
     return None
 
 
-def fetch_emulator(cache: Path, progress: bool = True) -> Path:
+def fetch_emulator(cache: Path) -> Path:
     """As `emulator`, fetched where it is missing.
 
     Raises:
@@ -108,13 +107,13 @@ def fetch_emulator(cache: Path, progress: bool = True) -> Path:
     if found := emulator(cache):
         return found
     hint = f"install qemu-user {EMULATOR_LEAST} or later"
-    _unpack(cache, "emulator", SUITE, [EMULATOR_PACKAGE], hint, progress)
+    _unpack(cache, "emulator", SUITE, [EMULATOR_PACKAGE], hint, True)
     if found := emulator(cache):
         return found
     raise BuildError(f"{cache / 'emulator'}: holds no {EMULATOR} {EMULATOR_LEAST} or later; {hint}")
 
 
-def arm64_library(cache: Path, version: str) -> Path:
+def arm64_library(cache: Path, version: str, fetch: bool = True) -> Path:
     """libonnxruntime.so of `version` for AArch64, out of its wheel.
 
     Raises:
@@ -125,10 +124,13 @@ def arm64_library(cache: Path, version: str) -> Path:
     if not (folder / name).is_file():
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         platforms = [f"--platform={tag}_aarch64" for tag in ("manylinux_2_28", "manylinux_2_27", "manylinux2014")]
-        half = _emptied(folder.with_name(folder.name + ".partial"))
+        half = folder.with_name(folder.name + ".partial")
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         pip += ["--only-binary=:all:", f"--python-version={python}", "--implementation=cp", *platforms]
         hint = "give the file of another copy with --library"
+        if not fetch:
+            raise BuildError(f"ONNX Runtime {version} for AArch64 is not here ({hint})")
+        _emptied(half)
         run([*pip, f"--dest={half}", f"onnxruntime=={version}"], f"ONNX Runtime {version} for AArch64 ({hint})")
         (wheel,) = half.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
@@ -145,17 +147,19 @@ def arm64_library(cache: Path, version: str) -> Path:
 # ---- apt, with a state of its own
 
 
-def _unpack(cache: Path, name: str, suite: str | None, packages: Sequence[str], hint: str, progress: bool) -> None:
+def _unpack(cache: Path, name: str, suite: str | None, packages: Sequence[str], hint: str, fetch: bool) -> None:
     """Downloads packages, with what of their needs is not installed, and unpacks them into `cache`/`name`.
 
     Args:
         suite: a release of Debian in place of the system's own; its packages are taken without what they need.
+        fetch: False: whatever it would have fetched is an error.
     """
     what = f"{', '.join(packages)} of {suite or 'the system'} ({hint})"
+    if not fetch:
+        raise BuildError(f"{what}: is not here")
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise BuildError(f"{what}: this system has no apt")
-    if progress:
-        print(f"fetching {what}", file=sys.stderr, flush=True)
+    print(f"fetching {what}", file=sys.stderr, flush=True)
     cache.mkdir(parents=True, exist_ok=True)
     state = _emptied(cache.absolute() / f"apt-{name}")
     for folder in ("lists/partial", "archives/partial", "parts"):
