@@ -1,4 +1,4 @@
-"""An export that is killed, at whatever moment, leaves no bundle or the whole one, and the next export is not in its way."""
+"""An export that is killed, at whatever moment, leaves no bundle or the whole one, and the next export works."""
 
 import contextlib
 import os
