@@ -1,6 +1,7 @@
 """What many tests stand on: a tiny random checkpoint and its bundle, the carried checkpoint and its bundle."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,13 @@ settings.load_profile("shared machine")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-size", action="store_true", help="run the tests on checkpoints of a published size too")
     parser.addoption("--devices", action="store_true", help="run the tests on fake devices and under emulation too")
+    parser.addoption("--clients", action="store_true", help="run the tests in headless Chromium too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     apart = {
         "full_size": ("--full-size", "minutes and gigabytes: make test-full-size"),
+        "browser": ("--clients", "headless Chromium: make test-clients"),
         "device": ("--devices", "a fake device or an emulator: make test-devices"),
     }
     for marker, (option, reason) in apart.items():
@@ -123,6 +126,23 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Built:
         return build(out=tmp_path_factory.mktemp("native"))
     except BuildError as exc:
         pytest.skip(f"the native runner cannot be built here: {exc}")
+
+
+@pytest.fixture(scope="session")
+def node_packages() -> Path:
+    """The locked npm packages of runtimes/web, for a Node.js that transformers.js accepts."""
+    from runtimes.web.build import NoPackages, install_packages
+
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node.js is not installed: the bundle is not tried in transformers.js")
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.removeprefix("v").partition(".")[0]) < 20:
+        pytest.skip(f"Node.js is {version}, transformers.js needs 20: the bundle is not tried in it")
+    try:
+        return install_packages()
+    except NoPackages as exc:
+        pytest.skip(f"{exc}: the bundle is not tried in transformers.js")
 
 
 # Random weights amplify quantization noise as no trained model does: the tiny bundles use the shipped int4

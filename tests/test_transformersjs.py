@@ -1,13 +1,14 @@
-"""A bundle, dropped into transformers.js in Node, computes what ONNX Runtime computes from Python.
+"""A bundle, dropped into transformers.js in Node and in Chromium, computes what ONNX Runtime computes from Python.
 
 Fixed pixels and token ids go in, so resizing, which differs between the two, does not count. Skipped, visibly,
-where Node or npm is missing or no package registry answers. Not covered: a browser, and WebGPU.
+where Node, npm or Chromium is missing or no package registry answers. Not covered: WebGPU.
 """
 
+import base64
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import pytest
 
 from runtimes.preprocess import ImageSettings, read_settings
 from runtimes.prompt import ImagePart, Message, PromptEncoder
+from runtimes.publish import publish
+from tests.browser import Chromium, open_chromium, serving
 
 pytestmark = pytest.mark.node
 
@@ -29,9 +32,6 @@ SAME_KERNELS = 1e-4  # relative L2: two builds of one engine on one processor
 # The browser's engine has no int8 kernels: it multiplies dequantized weights in fp32. What int8 compute differs from
 # that is the recipe's activation error, and this is the limit that the shipped recipes set for it.
 OTHER_KERNELS = 5e-2
-# No answer from a registry is a missing need; anything else that npm says is a fault of this folder.
-UNREACHABLE = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ENETUNREACH", "ERR_SOCKET_TIMEOUT")
-
 F32 = npt.NDArray[np.float32]
 
 
@@ -57,23 +57,13 @@ class Result:
 
 
 @pytest.fixture(scope="session")
-def packages() -> None:
-    """The locked npm packages in tests/transformersjs/node_modules."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("Node.js with npm is not installed: the bundle is not tried in transformers.js")
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    if int(version.removeprefix("v").partition(".")[0]) < 20:
-        pytest.skip(f"Node.js is {version}, transformers.js needs 20: the bundle is not tried in it")
-    lock, installed = HERE / "package-lock.json", HERE / "node_modules" / ".package-lock.json"
-    if installed.exists() and installed.stat().st_mtime >= lock.stat().st_mtime:
-        return
-    patience = ["--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=5000"]
-    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", *patience]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600, check=False)
-    if reason := next((code for code in UNREACHABLE if done.returncode != 0 and code in done.stderr), None):
-        pytest.skip(f"no package registry answers npm ({reason}): the bundle is not tried in transformers.js")
-    assert done.returncode == 0, done.stderr
+def workspace(node_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the scripts, from which Node finds the packages."""
+    folder = tmp_path_factory.mktemp("node")
+    for script in HERE.glob("*.mjs"):
+        shutil.copyfile(script, folder / script.name)
+    (folder / "node_modules").symlink_to(node_packages)
+    return folder
 
 
 def make_cases(bundle: Path) -> list[Case]:
@@ -151,7 +141,9 @@ def run_python(bundle: Path, cases: Sequence[Case]) -> list[Result]:
     return results
 
 
-def run_node(bundle: Path, cases: Sequence[Case], folder: Path, engine: str) -> list[Result]:
+def run_node(
+    bundle: Path, cases: Sequence[Case], folder: Path, engine: str, workspace: Path
+) -> list[Result]:
     """The bundle in transformers.js; see logits.mjs for the files between the two."""
     given, made = folder / "cases", folder / engine
     given.mkdir(exist_ok=True)
@@ -164,7 +156,7 @@ def run_node(bundle: Path, cases: Sequence[Case], folder: Path, engine: str) -> 
         chat = {"messages": case.messages, "image": case.image_size}
         entries.append({"name": case.name, "ids": case.ids, "new_tokens": NEW_TOKENS, "pixels": pixels, "chat": chat})
     (given / "cases.json").write_text(json.dumps(entries), encoding="utf-8")
-    command = ["node", str(HERE / "logits.mjs"), str(bundle), str(given), str(made), engine]
+    command = ["node", str(workspace / "logits.mjs"), str(bundle), str(given), str(made), engine]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -206,7 +198,7 @@ NodeResults = Callable[[str], list[Result]]
 
 @pytest.fixture(scope="session")
 def node_results(
-    packages: None,
+    workspace: Path,
     bundle: Path,
     python_results: tuple[list[Case], list[Result]],
     tmp_path_factory: pytest.TempPathFactory,
@@ -216,7 +208,7 @@ def node_results(
 
     def run(engine: str) -> list[Result]:
         if engine not in known:
-            known[engine] = run_node(bundle, python_results[0], tmp_path_factory.mktemp("node"), engine)
+            known[engine] = run_node(bundle, python_results[0], tmp_path_factory.mktemp("node"), engine, workspace)
         return known[engine]
 
     return run
@@ -267,7 +259,7 @@ def test_the_comparison_sees_two_tiles_exchanged(
 
 
 def test_the_file_of_each_graph_is_the_one_that_the_configuration_names(
-    packages: None, tiny_bundle: Path, tmp_path: Path
+    workspace: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     config = json.loads((tiny_bundle / "config.json").read_text(encoding="utf-8"))
     assert config["transformers.js_config"]["dtype"]["embed_tokens"] == "q8"
@@ -275,4 +267,124 @@ def test_the_file_of_each_graph_is_the_one_that_the_configuration_names(
     config["transformers.js_config"]["dtype"]["embed_tokens"] = "fp32"
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(AssertionError, match=r"embed_tokens\.onnx"):
-        run_node(copy, [], tmp_path, "cpu")
+        run_node(copy, [], tmp_path, "cpu", workspace)
+
+
+# ---- in a browser
+
+
+BROWSER_SCRIPT = """
+async ({ id, cases }) => {
+  const lib = await import("/transformers.min.js");
+  const { compute } = await import("/compute.mjs");
+  const { env } = lib;
+  env.allowRemoteModels = false;
+  env.allowLocalModels = true;
+  env.localModelPath = "/";
+  env.useBrowserCache = env.useWasmCache = false;
+  const engine = `${location.origin}/ort-wasm-simd-threaded.asyncify`;
+  env.backends.onnx.wasm.wasmPaths = { mjs: `${engine}.mjs`, wasm: `${engine}.wasm` };
+  env.backends.onnx.wasm.numThreads = crossOriginIsolated ? 2 : 1;
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  for (const { pixels } of cases) if (pixels) pixels.values = new Float32Array(bytes(pixels.values).buffer);
+  const text = ({ buffer, byteOffset, byteLength }) => {
+    let binary = "";
+    for (const byte of new Uint8Array(buffer, byteOffset, byteLength)) binary += String.fromCharCode(byte);
+    return btoa(binary);
+  };
+  const results = await compute(lib, id, "wasm", cases);
+  for (const result of results)
+    for (const name of ["image_features", "logits"])
+      if (result[name]) result[name] = { shape: result[name].dims, values: text(result[name].data) };
+  return { isolated: crossOriginIsolated, results };
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    """Headless Chromium that reaches loopback alone."""
+    with open_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def published(node_packages: Path, demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a web server: the demo's bundle as `publish` put it there, transformers.js, its engine."""
+    folder = tmp_path_factory.mktemp("published")
+    publish(demo_bundle, str(folder / "demo"))
+    (folder / "index.html").write_text("<!doctype html><title>empty</title>", encoding="utf-8")
+    engine = [f"onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.{kind}" for kind in ("mjs", "wasm")]
+    for file in ("@huggingface/transformers/dist/transformers.min.js", *engine):
+        shutil.copyfile(node_packages / file, folder / Path(file).name)
+    shutil.copyfile(HERE / "compute.mjs", folder / "compute.mjs")
+    return folder
+
+
+def run_browser(chromium: Chromium, folder: Path, cases: Sequence[Case], *, isolated: bool) -> list[Result]:
+    """`folder`'s bundle in transformers.js in a browser, all files by HTTP."""
+    entries: list[dict[str, Any]] = []
+    for case in cases:
+        pixels = None
+        if case.pixels is not None:
+            values = base64.b64encode(case.pixels.astype("<f4").tobytes()).decode()
+            pixels = {"values": values, "shape": case.pixels.shape}
+        chat = {"messages": case.messages, "image": case.image_size}
+        entries.append({"name": case.name, "ids": case.ids, "new_tokens": NEW_TOKENS, "pixels": pixels, "chat": chat})
+    with serving(folder, isolated=isolated) as server, chromium.page() as page:
+        page.goto(server.url)
+        found = page.evaluate(BROWSER_SCRIPT, {"id": "demo", "cases": entries})
+        threads = len(page.workers)
+    assert found["isolated"] == isolated
+    assert threads == (1 if isolated else 0)  # beside the page's own
+
+    def tensor(entry: dict[str, Any] | None) -> F32 | None:
+        if entry is None:
+            return None
+        values = np.frombuffer(base64.b64decode(entry["values"]), "<f4")
+        return values.reshape(-1, entry["shape"][-1])  # [M, C] or [T, V]
+
+    results = []
+    for entry in found["results"]:
+        logits = tensor(entry["logits"])
+        assert logits is not None
+        results.append(Result(tensor(entry["image_features"]), logits, entry["tokens"], entry["chat_ids"]))
+    return results
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_published_bundle_computes_in_a_browser_what_python_computes(
+    isolated: bool, chromium: Chromium, published: Path, workspace: Path, demo_bundle: Path, tmp_path: Path
+) -> None:
+    cases = make_cases(demo_bundle)
+    found = run_browser(chromium, published, cases, isolated=isolated)
+    node = run_node(demo_bundle, cases, tmp_path, "wasm", workspace)
+    for case, ours, same, wanted in zip(cases, found, node, run_python(demo_bundle, cases), strict=True):
+        assert ours.chat_ids == case.ids, case.name
+        assert ours.tokens == same.tokens, case.name
+        for what, limit, other in (("Node", SAME_KERNELS, same), ("Python", OTHER_KERNELS, wanted)):
+            worst = difference(ours.logits, other.logits)
+            print(f"{case.name}, logits, browser against {what}: {worst:.2e}")
+            assert worst <= limit, f"{case.name}: logits differ from {what}'s by {worst:.2g}"
+            if case.pixels is None:
+                continue
+            assert ours.features is not None
+            assert other.features is not None
+            worst = difference(ours.features, other.features)
+            print(f"{case.name}, features, browser against {what}: {worst:.2e}")
+            assert worst <= limit, f"{case.name}: image features differ from {what}'s by {worst:.2g}"
+
+
+@pytest.mark.browser
+def test_a_browser_needs_the_external_data_that_the_configuration_declares(
+    chromium: Chromium, published: Path, tmp_path: Path
+) -> None:
+    from playwright.sync_api import Error
+
+    copy = shutil.copytree(published, tmp_path / "copy")
+    config = json.loads((copy / "demo" / "config.json").read_text(encoding="utf-8"))
+    assert config["transformers.js_config"].pop("use_external_data_format")
+    (copy / "demo" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(Error, match="onnx_data"):
+        run_browser(chromium, copy, [], isolated=False)

@@ -1,9 +1,10 @@
 // Fetches everything that site.json lists, once: each file is checked by size and SHA-256 and kept in Cache storage.
 //
 // A cache is named after site.json's digest, and site.json goes into it last: a cache that has it is whole. What was
-// fetched before a stop stays, and the next start goes on from there.
+// fetched before a stop stays, and the next start goes on from there. A new version takes over the files that it shares
+// with the one that was kept.
 
-const PREFIX = "smolport-";
+const PREFIX = `smolport ${new URL("./", document.baseURI).pathname} `; // an origin may have several of these pages
 const TYPES = { html: "text/html", css: "text/css", js: "text/javascript", mjs: "text/javascript", json: "application/json", wasm: "application/wasm" };
 const ISOLATION = ["cross-origin-opener-policy", "cross-origin-embedder-policy", "cross-origin-resource-policy"];
 
@@ -17,6 +18,12 @@ async function digest(buffer) {
 
 const keptNames = async () => (await caches.keys()).filter((name) => name.startsWith(PREFIX));
 
+const readSite = (text) => {
+  const site = JSON.parse(text);
+  if (site.schema !== 1 || !Array.isArray(site.files)) throw new Error("not the list of a page's files");
+  return site;
+};
+
 /** Each kept version that is whole: [name of its cache, its site.json as a text]. */
 async function wholeCaches() {
   const found = [];
@@ -28,11 +35,11 @@ async function wholeCaches() {
 }
 
 /**
- * What there is to load: { text (of site.json), site, name (of its cache), size, kept (bytes), offline }.
+ * What there is to load: { text (of site.json), site, name (of its cache), size, kept (bytes) }.
  * Without a network it is what was kept.
  */
 export async function survey() {
-  let text, offline = false;
+  let text;
   try {
     const response = await fetch("site.json", { cache: "no-store", credentials: "omit" });
     if (!response.ok) throw new LoadError(`site.json: the server answers ${response.status}. The page was not put up whole.`);
@@ -42,24 +49,31 @@ export async function survey() {
     const whole = await wholeCaches();
     if (!whole.length) throw new LoadError("There is no network, and the model was not kept in this browser yet.");
     text = whole.at(-1)[1];
-    offline = true;
   }
   let site;
   try {
-    site = JSON.parse(text);
-    if (site.schema !== 1 || !Array.isArray(site.files)) throw new Error();
+    site = readSite(text);
   } catch {
     throw new LoadError("site.json cannot be read. The page was not put up whole.");
   }
   const name = PREFIX + (await digest(new TextEncoder().encode(text))).slice(0, 16);
+  const there = new Set(), shared = await earlier(name);
+  if ((await keptNames()).includes(name))
+    for (const { url } of await (await caches.open(name)).keys()) there.add(url);
   let kept = 0;
-  if ((await keptNames()).includes(name)) {
-    const cache = await caches.open(name);
-    const there = new Set((await cache.keys()).map((request) => request.url));
-    for (const file of site.files) if (there.has(new URL(file.path, document.baseURI).href)) kept += file.size;
-  }
+  for (const { path, size, sha256 } of site.files)
+    if (there.has(new URL(path, document.baseURI).href) || shared.get(path)?.sha256 === sha256) kept += size;
   const size = site.files.reduce((sum, file) => sum + file.size, 0);
-  return { text, site, name, size, kept, offline };
+  return { text, site, name, size, kept };
+}
+
+/** What whole caches of other versions hold: Map(path -> { cache, sha256 }). */
+async function earlier(name) {
+  const found = new Map();
+  for (const [other, text] of await wholeCaches())
+    if (other !== name)
+      for (const { path, sha256 } of readSite(text).files) found.set(path, { cache: await caches.open(other), sha256 });
+  return found;
 }
 
 /**
@@ -70,14 +84,18 @@ export async function survey() {
  */
 export async function load({ text, site, name, size }, onBytes, signal) {
   const cache = await caches.open(name);
-  const files = new Map();
+  const files = new Map(), shared = await earlier(name);
   let done = 0, keep = true;
   for (const file of site.files) {
     const before = done;
-    const old = await cache.match(file.path);
-    let blob = await old?.blob();
+    let response = await cache.match(file.path);
+    if (!response && shared.get(file.path)?.sha256 === file.sha256) {
+      response = await shared.get(file.path).cache.match(file.path);
+      if (response && keep) keep = await store(cache, file.path, await response.clone().blob(), headers(file.path, response));
+    }
+    let blob = await response?.blob();
     if (blob?.size !== file.size) {
-      const response = await request(file, signal);
+      response = await request(file, signal);
       blob = await read(response, file, signal, (bytes) => onBytes(before + bytes, size));
       if (keep) keep = await store(cache, file.path, blob, headers(file.path, response));
     }
@@ -150,5 +168,5 @@ async function store(cache, path, blob, headers) {
 /** Removes all that this page has kept. */
 export async function forget() {
   for (const name of await keptNames()) await caches.delete(name);
-  for (const worker of await navigator.serviceWorker.getRegistrations()) await worker.unregister();
+  await (await navigator.serviceWorker?.getRegistration())?.unregister();
 }

@@ -71,7 +71,8 @@ async function prepare() {
   $("loading").hidden = false;
   $("load-start").onclick = () => start(plan);
   const rest = plan.size - plan.kept;
-  $("load-text").textContent = `The model is loaded once (${megabytes(rest)}) and kept in this browser; after that the page works without a network.`;
+  const some = plan.kept ? "The rest of the model" : "The model";
+  $("load-text").textContent = `${some} is loaded once (${megabytes(rest)}) and kept in this browser; after that the page works without a network.`;
   if (rest === 0) await start(plan);
 }
 

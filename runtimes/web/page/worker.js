@@ -33,6 +33,8 @@ async function open(message) {
     mjs: new URL("vendor/ort-wasm-simd-threaded.mjs", base).href,
     wasm: new URL("vendor/ort-wasm-simd-threaded.wasm", base).href,
   };
+  // Threads need an isolated page. The engine alone would take half of the cores, one of a small device's two.
+  env.backends.onnx.wasm.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 4) : 1;
   const manifest = await json("manifest.json");
   settings = readSettings(await json("preprocessor_config.json"));
   const seqLen = (await json("processor_config.json")).image_seq_len;
