@@ -1,8 +1,9 @@
-"""Headless Chromium for tests: it reaches loopback alone, and whatever else it asks for is written down.
+"""Headless Chromium for tests: it reaches loopback alone, and whatever a page asks of others is written down.
 
 Skips, visibly, where no Chromium is installed. The browser is the system's; playwright drives it and brings none.
 """
 
+import re
 import shutil
 import socketserver
 import threading
@@ -18,8 +19,9 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from runtimes.web.serve import Server
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# Chromium's own business (updates, safe browsing) is off, so that what reaches the proxy is the page's.
+# Chromium's own business; what is left of it goes to the proxy too, and is told from a page's requests by its hosts.
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-domain-reliability", "--no-pings"]
+OWN = re.compile(r" (?:https?://)?[\w.-]+\.(?:google|googleapis|gvt1|gstatic)\.com[:/]")
 
 
 class Recorder(socketserver.ThreadingTCPServer):
@@ -42,10 +44,19 @@ class Recorder(socketserver.ThreadingTCPServer):
 
 @dataclass(frozen=True)
 class Chromium:
-    """A running browser, and the requests that it sent to anything but loopback."""
+    """A running browser. `proxied`: what it sent to anything but loopback. `requested`: every address of a page."""
 
     browser: Browser
-    outside: list[str]
+    proxied: list[str]
+    requested: list[str]
+
+    def outside(self, url: str) -> list[str]:
+        """All that was asked of others than the server at `url` since the last call."""
+        pages = [found for found in self.requested if not found.startswith((url, "blob:", "data:"))]
+        others = [line for line in self.proxied if not OWN.search(line)]
+        self.requested.clear()
+        self.proxied.clear()
+        return pages + others
 
     @contextmanager
     def page(self, **options: Any) -> Iterator[Page]:
@@ -60,6 +71,7 @@ class Chromium:
         """A fresh profile; the caller closes it."""
         context = self.browser.new_context(**options)
         context.set_default_timeout(60_000)
+        context.on("request", lambda request: self.requested.append(request.url))
         return context
 
 
@@ -77,7 +89,7 @@ def open_chromium() -> Iterator[Chromium]:
             proxy={"server": f"http://127.0.0.1:{recorder.server_address[1]}", "bypass": "127.0.0.1"},
         )
         try:
-            yield Chromium(browser, recorder.lines)
+            yield Chromium(browser, recorder.lines, [])
         finally:
             browser.close()
             recorder.shutdown()

@@ -99,6 +99,14 @@ def demo_bundle(demo_checkpoint: Path, calibration: Path, tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="session")
+def quick_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its proven bundle by a recipe that needs no documents, in seconds; do not write into it."""
+    from export.android import export_android
+
+    return export_android(str(demo_checkpoint), tmp_path_factory.mktemp("quick") / "bundle", "int4-quick").bundle
+
+
+@pytest.fixture(scope="session")
 def demo_ios_bundle(demo_checkpoint: Path, calibration: Path, demo_bundle: Path) -> Path:
     """Its proven int4 bundle for Core ML, on the same documents; do not write into it."""
     pytest.importorskip("coremltools")
