@@ -95,10 +95,18 @@ def open_chromium() -> Iterator[Chromium]:
             recorder.shutdown()
 
 
+class Watched(Server):
+    """A server that keeps the path of every request in `requests`."""
+
+    def __init__(self, folder: Path, *, isolated: bool) -> None:
+        self.requests: list[str] = []
+        super().__init__(folder, isolated=isolated, seen=self.requests.append)
+
+
 @contextmanager
-def serving(folder: Path, *, isolated: bool = True, port: int = 0) -> Iterator[Server]:
+def serving(folder: Path, *, isolated: bool = True) -> Iterator[Watched]:
     """runtimes.web.serve for as long as the block runs."""
-    with Server(folder, port, isolated=isolated, quiet=True) as server:
+    with Watched(folder, isolated=isolated) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server

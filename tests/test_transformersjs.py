@@ -141,9 +141,7 @@ def run_python(bundle: Path, cases: Sequence[Case]) -> list[Result]:
     return results
 
 
-def run_node(
-    bundle: Path, cases: Sequence[Case], folder: Path, engine: str, workspace: Path
-) -> list[Result]:
+def run_node(bundle: Path, cases: Sequence[Case], folder: Path, engine: str, workspace: Path) -> list[Result]:
     """The bundle in transformers.js; see logits.mjs for the files between the two."""
     given, made = folder / "cases", folder / engine
     given.mkdir(exist_ok=True)

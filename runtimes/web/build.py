@@ -119,12 +119,12 @@ def build_site(
             shutil.copyfile(picture, stage / example["picture"])
         paths = sorted(path for path in stage.rglob("*") if path.is_file())
         # Two are not listed: the service worker, which the browser keeps by itself, and a text that is not loaded.
-        files = [
+        listed = [
             {"path": path.relative_to(stage).as_posix(), "size": path.stat().st_size, "sha256": file_digest(path)}
             for path in paths
             if path.name not in ("sw.js", "LICENSE", SIGNATURE)
         ]
-        site = json.dumps({"schema": 1, "example": example, "files": files}, indent=1)
+        site = json.dumps({"schema": 1, "example": example, "files": listed}, indent=1)
         (stage / "site.json").write_text(site + "\n", encoding="utf-8")
 
     def size(folder: str) -> int:

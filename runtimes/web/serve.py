@@ -6,6 +6,8 @@ To try a page, not to publish one: it speaks HTTP to 127.0.0.1 and to nothing el
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -50,8 +52,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     extensions_map = TYPES
 
-    def __init__(self, *args: Any, headers: dict[str, str], quiet: bool, **kwargs: Any) -> None:
-        self.sent, self.quiet = headers, quiet
+    def __init__(self, *args: Any, headers: dict[str, str], seen: Callable[[str], None] | None, **kwargs: Any) -> None:
+        self.sent, self.seen = headers, seen
         super().__init__(*args, **kwargs)
 
     def end_headers(self) -> None:
@@ -66,9 +68,11 @@ class Handler(SimpleHTTPRequestHandler):
         return None
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name is the base's
-        """Quiet in tests."""
-        if not self.quiet:
+        """On stderr, or a request's path to `seen`."""
+        if self.seen is None:
             super().log_message(format, *args)
+        elif format == '"%s" %s %s':
+            self.seen(self.path)
 
 
 class Server(ThreadingHTTPServer):
@@ -78,15 +82,16 @@ class Server(ThreadingHTTPServer):
         folder: what build_site made.
         port: 0 takes a free one.
         isolated: send the headers that let a page use threads.
-        quiet: do not log requests.
+        seen: called with the path of each request, in place of a log on stderr.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int = 0, *, isolated: bool = True, quiet: bool = False) -> None:
+    def __init__(
+        self, folder: Path, port: int = 0, *, isolated: bool = True, seen: Callable[[str], None] | None = None
+    ) -> None:
         headers = HEADERS | (ISOLATION if isolated else {})
-        super().__init__((HOST, port), partial(Handler, directory=str(folder), headers=headers, quiet=quiet))
-        self.quiet = quiet
+        super().__init__((HOST, port), partial(Handler, directory=str(folder), headers=headers, seen=seen))
 
     @property
     def url(self) -> str:
@@ -114,12 +119,9 @@ def main() -> int:
         print(f"error: port {args.port} cannot be used: {exc}", file=sys.stderr)
         return 2
     print(f"{server.url}  (Ctrl-C ends it)", flush=True)
-    try:
+    with server, suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        server.server_close()
+    return 0
 
 
 if __name__ == "__main__":

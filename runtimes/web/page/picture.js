@@ -10,12 +10,13 @@ const PRECISION = 22; // bits of a weight; Pillow keeps 8 for the byte and 2 for
 const STRIP = 256; // rows that are read from a canvas at once: phones limit its area
 
 const sinc = (x) => (x === 0 ? 1 : Math.sin(x * Math.PI) / (x * Math.PI));
+const HAMMING = [Math.fround(0.54), Math.fround(0.46)]; // Pillow has them as 32-bit constants
 const FILTERS = {
   1: { support: 3, at: (x) => (-3 <= x && x < 3 ? sinc(x) * sinc(x / 3) : 0) }, // Lanczos
   2: { support: 1, at: (x) => Math.max(1 - Math.abs(x), 0) }, // bilinear
   3: { support: 2, at: bicubic },
   4: { support: 0.5, at: (x) => (-0.5 < x && x <= 0.5 ? 1 : 0) }, // box
-  5: { support: 1, at: (x) => (Math.abs(x) >= 1 ? 0 : sinc(x) * (0.54 + 0.46 * Math.cos(x * Math.PI))) }, // Hamming
+  5: { support: 1, at: (x) => (Math.abs(x) >= 1 ? 0 : sinc(x) * (HAMMING[0] + HAMMING[1] * Math.cos(x * Math.PI))) }, // Hamming
 };
 
 function bicubic(x) {
