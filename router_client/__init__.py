@@ -1,7 +1,7 @@
 """Answers here or asks the marketplace, never by surprise.
 
-client.py is the story: local leg, escalation, offers, consent, reservation, attempts, receipt. What it stands on, in the
-order to read it:
+client.py is the story: local leg, escalation, offers, consent, reservation, attempts, receipt. What it stands on, in
+the order to read it:
 
     policy.py     what the owner allows: modes, caps, privacy, backends; and the configuration file
     local.py      the two-method protocol of the local leg, and the signals that its answer is not good enough
