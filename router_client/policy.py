@@ -1,0 +1,292 @@
+"""What the owner allows: modes, deadlines, caps, privacy, backends; and the file that says so."""
+
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from router_client.errors import ConfigError
+from router_client.ledger import Caps, nano
+from router_client.offers import NAME, Offer, price
+
+MODES = ("on_device_only", "prefer_on_device", "prefer_cloud", "cloud_only")
+REASONS = frozenset(
+    [
+        "unavailable",
+        "error",
+        "deadline",
+        "truncated",
+        "repetition",
+        "empty",
+        "schema",
+        "context",
+        "low_confidence",
+        "caller",
+    ]
+)
+STREAM_FAILURES = ("terminate", "restart")
+SORTS = ("price", "latency", "throughput", "listed")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who answers, and how long that may take.
+
+    escalate_on: in prefer_on_device, what sends a question on; of REASONS.
+    max_p_wrong: a local answer that is more probably wrong than this is "low_confidence"; None: not judged.
+    local_s: the local answer's own time, after which it is cancelled ("deadline"); None: all of deadline_s.
+    holdback: pieces of text held back before the first one is handed out; until then any switch goes unseen.
+    stream_failure: when an answer breaks after that: "terminate", or "restart" (a Reset event, then another answer).
+    """
+
+    mode: str = "on_device_only"
+    escalate_on: frozenset[str] = REASONS
+    max_p_wrong: float | None = None
+    deadline_s: float = 60.0
+    connect_s: float = 3.0
+    first_token_s: float = 10.0
+    idle_s: float = 20.0
+    local_s: float | None = None
+    max_attempts: int = 3
+    holdback: int = 24
+    stream_failure: str = "terminate"
+
+    def __post_init__(self) -> None:
+        _among("mode", self.mode, MODES)
+        _among("stream_failure", self.stream_failure, STREAM_FAILURES)
+        if unknown := self.escalate_on - REASONS:
+            raise ConfigError(f"escalate_on has {sorted(unknown)}, want of {sorted(REASONS)}")
+        for name in ("deadline_s", "connect_s", "first_token_s", "idle_s", "local_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+                raise ConfigError(f"{name} is {seconds}, want seconds above 0")
+        if self.max_p_wrong is not None and not 0 <= self.max_p_wrong <= 1:
+            raise ConfigError(f"max_p_wrong is {self.max_p_wrong}, want 0 to 1")
+        if not 1 <= self.max_attempts <= 10 or self.holdback < 0:
+            raise ConfigError(f"max_attempts is {self.max_attempts}, holdback {self.holdback}, want 1 to 10, 0 or more")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Caps in USD; None: no cap. `max_escalations` requests may leave within `escalations_s`."""
+
+    per_request_usd: float | None = 0.01
+    per_day_usd: float | None = 0.10
+    per_month_usd: float | None = 1.0
+    max_escalations: int | None = 20
+    escalations_s: float = 3600.0
+
+    def caps(self) -> Caps:
+        """In nano-USD.
+
+        Raises:
+            ConfigError: for what is no amount.
+        """
+        names = ("per_request_usd", "per_day_usd", "per_month_usd")
+        request, day, month = (None if (v := getattr(self, name)) is None else nano(v, name) for name in names)
+        return Caps(request, day, month, self.max_escalations, self.escalations_s)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would leave the device, shown to the consent hook before anything does.
+
+    destinations: offers, the first choice first; each may be asked, until one answers.
+    hosts: where they are.
+    models: who would answer: not the local model.
+    cost_bound_nano_usd: of all attempts together; None where no cap is set and a price unknown.
+    """
+
+    destinations: tuple[str, ...]
+    hosts: tuple[str, ...]
+    models: tuple[str, ...]
+    reason: str
+    images: int
+    image_bytes: int
+    dimensions: tuple[tuple[int, int], ...]
+    text_bytes: int
+    cost_bound_nano_usd: int | None
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What may leave. Without a consent hook, nothing.
+
+    require: labels that a provider's data policy must have, like "zero_retention"; unknown is a refusal.
+    """
+
+    consent: Callable[[Plan], bool] | None = field(default=None, repr=False)
+    max_side: int = 1024
+    jpeg_quality: int = 85
+    max_image_bytes: int = 2**20
+    require: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not (64 <= self.max_side <= 8192 and 10 <= self.jpeg_quality <= 95 and self.max_image_bytes >= 4096):
+            raise ConfigError(
+                f"max_side {self.max_side}, jpeg_quality {self.jpeg_quality}, max_image_bytes {self.max_image_bytes}: "
+                "want 64 to 8192, 10 to 95, 4096 or more"
+            )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An OpenAI-compatible endpoint.
+
+    token: called for each request; None: the endpoint wants none.
+    models: those that may answer, by their names there.
+    offers: what it serves, for an endpoint without Hugging Face's catalogue; empty: GET base_url/models is asked.
+    allow, deny: providers; an empty `allow` is all.
+    max_usd_per_m: the dearest (input, output) price allowed, in USD per million tokens.
+    image_tokens: the most that one image can take with its models.
+    bill_to: an organization of Hugging Face that pays.
+    labels: provider -> labels of its data policy, in place of the package's own table.
+    allow_http: plain HTTP to other hosts than this one; then a token travels unencrypted.
+    """
+
+    name: str
+    base_url: str
+    models: tuple[str, ...]
+    token: Callable[[], str] | None = field(default=None, repr=False)
+    offers: tuple[Offer, ...] = ()
+    allow: frozenset[str] = frozenset()
+    deny: frozenset[str] = frozenset()
+    sort: str = "price"
+    max_usd_per_m: tuple[float, float] | None = None
+    image_tokens: int | None = None
+    bill_to: str = ""
+    labels: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    proxy: str | None = field(default=None, repr=False)
+    allow_http: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"backend {self.name!r}"
+        parts = urlsplit(self.base_url)
+        if not NAME.fullmatch(self.name):
+            raise ConfigError(f"{where}: want a name of letters, digits, and . _ - within")
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+            raise ConfigError(f"{where}: base_url is no http(s) address without a query")
+        if parts.username or parts.password:
+            raise ConfigError(f"{where}: base_url holds a user name or password; a token has a field of its own")
+        if parts.scheme == "http" and not self.allow_http and not _loopback(parts.hostname):
+            raise ConfigError(f"{where}: base_url is unencrypted; allow_http would allow that")
+        if not self.models:
+            raise ConfigError(f"{where}: models is empty: there is no default that costs money")
+        _among(f"{where}: sort", self.sort, SORTS)
+        if self.bill_to and not NAME.fullmatch(self.bill_to):
+            raise ConfigError(f"{where}: bill_to is no name of an organization")
+        if any(not NAME.fullmatch(model.replace(":", "-")) for model in self.models):
+            raise ConfigError(f"{where}: models holds what is no name of a model")
+        if self.image_tokens is not None and self.image_tokens < 1:
+            raise ConfigError(f"{where}: image_tokens is {self.image_tokens}, want 1 or more")
+
+    @property
+    def host(self) -> str:
+        """Where it is."""
+        return urlsplit(self.base_url).netloc
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration file."""
+
+    policy: Policy
+    budget: Budget
+    privacy: Privacy
+    backends: tuple[Backend, ...]
+    state: Path
+
+
+def read_config(path: Path) -> Config:
+    """Reads a TOML file: `state`, tables [policy], [budget], [privacy], and a [[backend]] for each endpoint.
+
+    A backend names its token by `token_env` or `token_file`; the token is read when it is needed. Its [[backend.offer]]
+    have prices `usd_in` and `usd_out` per million tokens. A relative `state` is beside the file.
+
+    Raises:
+        ConfigError: naming the file, the key, what was found and what was wanted.
+    """
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc}") from exc
+    try:
+        _known(values, {"state", "policy", "budget", "privacy", "backend"}, "the file")
+        if not isinstance(values.get("state"), str):
+            raise ConfigError("state is missing: the file of the ledger")
+        backends = tuple(_backend(dict(b)) for b in values.get("backend", []))
+        if len({b.name for b in backends}) < len(backends):
+            raise ConfigError("two backends have one name")
+        return Config(
+            _table(Policy, values.get("policy", {}), "policy"),
+            _table(Budget, values.get("budget", {}), "budget"),
+            _table(Privacy, values.get("privacy", {}), "privacy", omit={"consent"}),
+            backends,
+            path.parent / Path(values["state"]).expanduser(),
+        )
+    except (TypeError, ValueError, KeyError) as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+
+
+def _backend(values: dict[str, Any]) -> Backend:
+    where = f"backend {values.get('name')!r}"
+    env, file = values.pop("token_env", None), values.pop("token_file", None)
+    rows = values.pop("offer", [])
+    if env is not None and file is not None:
+        raise ConfigError(f"{where}: token_env and token_file exclude each other")
+    if env is not None:
+        values["token"] = lambda: os.environ.get(env, "")
+    if file is not None:
+        values["token"] = lambda: Path(file).expanduser().read_text("utf-8").strip()
+    offers = []
+    for row in rows:
+        _known(row, {"model", "provider", "vision", "context", "usd_in", "usd_out", "image_tokens"}, f"{where}: offer")
+        prices = {"price_in": price(row.pop("usd_in", None)), "price_out": price(row.pop("usd_out", None))}
+        offers.append(_table(Offer, {"backend": values["name"], **row, **prices}, f"{where}: offer"))
+    labels = {provider: frozenset(found) for provider, found in values.pop("labels", {}).items()}
+    return _table(Backend, {**values, "offers": tuple(offers), "labels": labels}, where)
+
+
+def _table(kind: type[T], values: Mapping[str, Any], where: str, omit: frozenset[str] | set[str] = frozenset()) -> T:
+    """A dataclass from a table; arrays become what the field is; false is None where a cap is meant."""
+    named = {f.name: str(f.type) for f in fields(kind) if f.name not in omit}  # type: ignore[arg-type]
+    _known(values, set(named), where)
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        wanted = named[key]
+        if value is False and "None" in wanted:
+            value = None  # noqa: PLW2901 -- TOML has no null
+        elif isinstance(value, list):
+            value = frozenset(value) if "frozenset" in wanted else tuple(value)  # noqa: PLW2901
+        made[key] = value
+        plain = {"bool": bool, "int": int, "float": (int, float), "str": str}
+        first = re.split(r"\W", wanted.removeprefix("<class '"))[0]
+        if (
+            value is not None
+            and first in plain
+            and not (
+                isinstance(value, plain[first]) and (first == "bool" or not isinstance(value, bool))  # type: ignore[arg-type]
+            )
+        ):
+            raise ConfigError(f"{where}: {key} is {value!r}, want {first}")
+    return kind(**made)
+
+
+def _known(values: Mapping[str, Any], names: set[str], where: str) -> None:
+    if unknown := sorted(set(values) - names):
+        raise ConfigError(f"{where} has {', '.join(unknown)}, want of {', '.join(sorted(names))}")
+
+
+def _among(name: str, value: str, wanted: tuple[str, ...]) -> None:
+    if value not in wanted:
+        raise ConfigError(f"{name} is {value!r}, want one of {', '.join(wanted)}")
+
+
+def _loopback(host: str) -> bool:
+    return host in {"localhost", "::1"} or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
