@@ -1,9 +1,9 @@
 """When to leave an account, a model or an offer alone: a circuit breaker as pure functions on a value.
 
 CLOSED until at least 5 calls of the last minute failed and these are at least half of them; then OPEN for 30 s,
-doubled at each further opening up to 15 min; then one probe is let through, and closes it or opens it anew. A block with
-a reason (no credit, not served, rate limit) is beside that: it ends by time alone, and says nothing about health. Times
-are seconds since 1970, because the state is shared between processes and outlives a boot; a clock set back ends a wait.
+doubled at each further opening up to 15 min; then one probe is let through, and closes it or opens it anew. A block
+with a reason (no credit, not served, rate limit) is beside that: it ends by time alone, and says nothing about health.
+Times are seconds since 1970: the state is shared between processes and outlives a boot; a clock set back ends a wait.
 """
 
 import math

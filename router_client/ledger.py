@@ -6,8 +6,8 @@ count), `released` (it was not billed) or `uncertain` (it may have been: booked 
 was killed counts as it stands, and is called uncertain after ten minutes. Nothing of a question, an image or a token is
 stored.
 
-Clocks: days and months are those of UTC. An entry counts in every window that does not begin after it, also one dated in
-the future: setting the clock back frees nothing. An entry is not dated before its predecessor, unless that lies more
+Clocks: days and months are those of UTC. An entry counts in every window that does not begin after it, also one dated
+in the future: setting the clock back frees nothing. An entry is not dated before its predecessor, unless that lies more
 than 40 days ahead (a clock that was wrong; `spend --redate` puts such entries right by the owner's hand). A clock that
 shows a time before this was written is not set, and nothing is spent by it. What remains: a clock set forward has the
 allowance of the day that it shows.
