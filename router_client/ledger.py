@@ -16,6 +16,7 @@ allowance of the day that it shows.
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Ledger:
         except (OSError, sqlite3.Error) as exc:
             raise LedgerError(f"{self.path}: cannot be opened: {exc}") from exc
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            _use_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")  # a reservation survives a power cut
             connection.execute("BEGIN IMMEDIATE")
             if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'kept'").fetchone():
@@ -250,6 +251,20 @@ def nano(amount_usd: float, name: str) -> int:
 def usd(nano_usd: int) -> str:
     """For a person."""
     return f"${nano_usd / NANO:.6f}"
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Turns a new file's write-ahead log on. SQLite does not wait for a lock here, so that two beginners must."""
+    limit = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.005)
+        else:
+            return
 
 
 def _utc(now: float) -> datetime:
