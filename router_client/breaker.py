@@ -2,8 +2,9 @@
 
 CLOSED until at least 5 calls of the last minute failed and these are at least half of them; then OPEN for 30 s,
 doubled at each further opening up to 15 min; then one probe is let through, and closes it or opens it anew. A block
-with a reason (no credit, not served, rate limit) is beside that: it ends by time alone, and says nothing about health.
-Times are seconds since 1970: the state is shared between processes and outlives a boot; a clock set back ends a wait.
+with a reason (no credit, not served, rate limit) is beside that: it ends by time alone, and says nothing about health;
+after it too, one call finds out for all whether it still holds. Times are seconds since 1970: the state is shared
+between processes and outlives a boot; a clock set back ends a wait.
 """
 
 import math
@@ -14,6 +15,7 @@ WINDOW_S = 60.0
 LEAST_FAILURES = 5
 FIRST_WAIT_S, MOST_WAIT_S = 30.0, 900.0
 MOST_CALLS = 64  # remembered
+SAMPLE_WEIGHT = 0.2  # of the newest in a moving average
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Health:
     trips: openings in a row without a success between them; 0: closed.
     since, until: of the current opening, or of the probe that is under way.
     block_since, block_until, block_code: of a block.
+    probing: that block is over, and renewed while one call finds out whether it still holds.
+    samples, ttft_ms, throughput: moving averages of good answers; tokens per second after the first one.
     """
 
     calls: tuple[tuple[float, bool], ...] = ()
@@ -33,6 +37,10 @@ class Health:
     block_since: float = 0.0
     block_until: float = 0.0
     block_code: str = ""
+    probing: bool = False
+    samples: int = 0
+    ttft_ms: float = 0.0
+    throughput: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """For storage."""
@@ -44,12 +52,13 @@ def health_of(value: object) -> Health:
     try:
         fields = dict(value)  # type: ignore[call-overload]
         calls = tuple((float(at), bool(ok)) for at, ok in fields.pop("calls"))
-        code, trips = str(fields.pop("block_code")), int(fields.pop("trips"))
-        times = {key: float(n) for key, n in fields.items()}
-        if not all(map(math.isfinite, (*times.values(), *(at for at, _ in calls)))):
+        code, probing = str(fields.pop("block_code")), bool(fields.pop("probing"))
+        counts = {key: int(fields.pop(key)) for key in ("trips", "samples")}
+        numbers = {key: float(n) for key, n in fields.items()}
+        if not all(map(math.isfinite, (*numbers.values(), *(at for at, _ in calls)))):
             return Health()
-        return Health(calls=calls, block_code=code, trips=trips, **times)
-    except (TypeError, ValueError, KeyError):
+        return Health(calls=calls, block_code=code, probing=probing, **counts, **numbers)  # type: ignore[arg-type]
+    except (TypeError, ValueError, KeyError, OverflowError):
         return Health()
 
 
@@ -70,15 +79,20 @@ def reason(health: Health, now: float) -> str:
 def admit(health: Health, now: float) -> Health | None:
     """The state after a call was let through, or None if it must not be made.
 
-    After an opening only one probe is admitted per wait, so that one which never reports back blocks nobody for ever.
+    After an opening or a block only one call is admitted per wait, so that one which never reports back blocks nobody
+    for ever.
     """
     if reason(health, now):
         return None
+    if health.block_code:
+        health = replace(health, probing=True, block_since=now, block_until=now + FIRST_WAIT_S)
     return replace(health, since=now, until=now + _wait_s(health.trips)) if health.trips else health
 
 
 def record(health: Health, ok: bool, now: float) -> Health:
     """The state after a call that says something about health."""
+    if ok:
+        health = unblock(health)
     if ok and health.trips:
         return replace(health, calls=(), trips=0, since=0.0, until=0.0)
     calls = (*(c for c in health.calls if now - WINDOW_S < c[0] <= now), (now, ok))[-MOST_CALLS:]
@@ -89,12 +103,29 @@ def record(health: Health, ok: bool, now: float) -> Health:
     return replace(health, calls=(), trips=trips, since=now, until=now + _wait_s(trips))
 
 
+def measured(health: Health, ttft_ms: float, throughput: float | None) -> Health:
+    """The state with one more good answer in its averages; of the first answers they are plain means."""
+    weight = max(1 / (health.samples + 1), SAMPLE_WEIGHT)
+    mean = health.ttft_ms + weight * (ttft_ms - health.ttft_ms)
+    speed = health.throughput if throughput is None else health.throughput or throughput
+    if throughput is not None:
+        speed += weight * (throughput - speed)
+    return replace(health, samples=min(health.samples + 1, 1000), ttft_ms=mean, throughput=speed)
+
+
+def unblock(health: Health) -> Health:
+    """The state after a call that came through: the block that it probed is over."""
+    if not health.probing:
+        return health
+    return replace(health, probing=False, block_code="", block_since=0.0, block_until=0.0)
+
+
 def block(health: Health, code: str, seconds: float, now: float) -> Health:
     """The state with a block, unless a longer one is running."""
     running = _waiting(health.block_since, health.block_until, now)
-    if running and health.block_until >= now + seconds:
+    if running and not health.probing and health.block_until >= now + seconds:
         return health
-    return replace(health, block_since=now, block_until=now + seconds, block_code=code)
+    return replace(health, block_since=now, block_until=now + seconds, block_code=code, probing=False)
 
 
 def _wait_s(trips: int) -> float:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from router_client.client import Router, read_token
+from router_client.client import Router
 from router_client.errors import AttemptFailed, ConfigError, RouterError
 from router_client.ledger import LedgerError
 from router_client.offers import Size
-from router_client.policy import Config, read_config
+from router_client.policy import Config, read_config, read_token
 
 ADVICE = {
     "http_401": "the token is refused: it is wrong, expired or revoked",
@@ -56,7 +56,8 @@ def doctor(config: Config, *, call: bool = True) -> tuple[bool, list[str]]:
         privacy = replace(config.privacy, consent=lambda _: True)  # no image and no question of the owner's is sent
         router = Router(backends=[backend], policy=policy, budget=config.budget, privacy=privacy, state=config.state)
         try:
-            offers, why = router.offers(IMAGE, lambda: policy.deadline_s)
+            router.market.lift(backend)
+            offers, why = router.market.offers(IMAGE, lambda: policy.deadline_s)
             found += [f"{name}: {words}" for name, words in sorted(why.items())]
             if not offers:
                 found.append(f"{backend.name}: no offer is left for a question about an image")

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from router_client.retry import retry_after_s
@@ -108,7 +109,7 @@ def classify(status: int, headers: Mapping[str, str], body: bytes, *, now: float
         status: of the response.
         headers: names in lower case.
         body: as far as it was read.
-        now: seconds since 1970, for a Retry-After that is a date.
+        now: seconds since 1970: a Retry-After may be a date, and credit comes with a month.
         token: what must not appear in the detail.
     """
     message, code = server_words(headers, body)
@@ -118,7 +119,7 @@ def classify(status: int, headers: Mapping[str, str], body: bytes, *, now: float
         case 401:
             return Fault("http_401", "account", detail, block_s=UNTIL_CHANGED_S)
         case 402:  # the status alone: the wording has changed before
-            return Fault("http_402", "account", detail, block_s=30 * MINUTE_S)
+            return Fault("http_402", "account", detail, block_s=min(30 * MINUTE_S, _month_left_s(now)))
         case 403:
             if "permission" not in text and ("access this model" in text or "gated" in text):
                 return Fault("gated", "model", detail, block_s=DAY_S)
@@ -142,6 +143,12 @@ def classify(status: int, headers: Mapping[str, str], body: bytes, *, now: float
     return Fault(f"http_{status}", "request", detail)
 
 
+def _month_left_s(now: float) -> float:
+    """Seconds until the next month of UTC begins, at least one."""
+    day = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    return max(1.0, (day.replace(day=1) + timedelta(days=32)).replace(day=1).timestamp() - now)
+
+
 def _bad_request(text: str, detail: str) -> Fault:
     """A 400 means a bad request, or no provider, or a limit; only the words tell."""
     if "model_not_found" in text:
@@ -150,7 +157,7 @@ def _bad_request(text: str, detail: str) -> Fault:
         return Fault("model_not_supported", "model", detail, block_s=HOUR_S)
     if "not supported by provider" in text:
         return Fault("model_not_supported_here", "offer", detail, block_s=HOUR_S)
-    if "too large" in text or "payload" in text or "entity" in text:
+    if "too large" in text:
         return Fault("too_large", "request", detail)
     if "context" in text and ("length" in text or "window" in text):
         return Fault("context_too_long", "offer", detail)

@@ -23,7 +23,43 @@ NAME = re.compile(r"[A-Za-z0-9][\w./+-]{0,127}", re.ASCII)
 OVERHEAD_TOKENS = 64  # of a chat template around the messages
 NOMINAL_IMAGE_TOKENS = 1024  # for comparing offers where nothing is known; never for a bound
 MOST_TOKENS = 10**8
-LABELS = json.loads((Path(__file__).parent / "providers.json").read_text("utf-8"))
+PARAMETERS = frozenset(["temperature", "stream_options", "response_format"])  # that a request does without
+
+
+@dataclass(frozen=True)
+class Provider:
+    """What no catalogue says of a provider. What is not known to be so is unknown, and unknown is not enough.
+
+    labels: of its data policy, like "zero_retention".
+    max_side, max_image_bytes: of an image; None: not known, and the owner's own limits hold.
+    refuses: of PARAMETERS, those that it is not sent.
+    source: where this is said.
+    """
+
+    labels: frozenset[str] = frozenset()
+    max_side: int | None = None
+    max_image_bytes: int | None = None
+    refuses: frozenset[str] = frozenset()
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.refuses - PARAMETERS):
+            raise ValueError(f"refuses has {unknown}, want of {sorted(PARAMETERS)}")
+        for name, least in (("max_side", 64), ("max_image_bytes", 4096)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}, want {least} or more")
+
+
+def read_providers(path: Path) -> dict[str, Provider]:
+    """The package's own table, which an owner's entries replace."""
+    table = {}
+    for name, row in json.loads(path.read_text("utf-8")).items():
+        labels, refuses = frozenset(row.pop("labels")), frozenset(row.pop("refuses"))
+        table[name] = Provider(labels=labels, refuses=refuses, **row)
+    return table
+
+
+PROVIDERS = read_providers(Path(__file__).parent / "providers.json")
 
 
 @dataclass(frozen=True)
@@ -35,7 +71,7 @@ class Offer:
     price_in, price_out: nano-USD per million tokens.
     latency_ms, throughput: the backend's last probe; to the first token, and tokens per second after it.
     image_tokens: the most that one image of the size sent can take.
-    labels: what is known of the provider's data policy.
+    known: what is known of the provider besides.
     """
 
     backend: str
@@ -48,7 +84,7 @@ class Offer:
     latency_ms: float | None = None
     throughput: float | None = None
     image_tokens: int | None = None
-    labels: frozenset[str] = frozenset()
+    known: Provider = Provider()
 
     @property
     def asked(self) -> str:
@@ -82,11 +118,10 @@ def bound_nano(offer: Offer, size: Size) -> int | None:
 
     A token is at least a byte of text. Images count by the configured bound, or else as the offer's whole context.
     """
-    tokens: int | None = size.text_bytes + OVERHEAD_TOKENS
+    text = size.text_bytes + OVERHEAD_TOKENS
+    tokens: int | None = text
     if size.images:
-        tokens = (
-            None if offer.image_tokens is None else size.text_bytes + OVERHEAD_TOKENS + size.images * offer.image_tokens
-        )
+        tokens = None if offer.image_tokens is None else text + size.images * offer.image_tokens
     if tokens is None or (offer.context is not None and offer.context < tokens):
         tokens = offer.context
     return None if tokens is None else cost_nano(offer, Usage(tokens, size.max_tokens))
@@ -116,7 +151,10 @@ def refusal(offer: Offer, backend: "Backend", size: Size, required: frozenset[st
         (offer.provider in backend.deny, "provider denied"),
         (size.images > 0 and not offer.vision, "no image input"),
         (offer.context is not None and needed > offer.context, f"context of {offer.context}, {needed} needed"),
-        (not required <= offer.labels, f"data policy: {', '.join(sorted(required - offer.labels))} not known"),
+        (
+            not required <= offer.known.labels,
+            f"data policy: {', '.join(sorted(required - offer.known.labels))} not known",
+        ),
         (cap_nano is not None and cost_nano(offer, usage) is None, "price unknown"),
         (cap_nano is not None and bound is None, "cost unbounded: neither image tokens nor context are known"),
         (
@@ -190,14 +228,14 @@ def _offers(model: Mapping[str, Any], backend: "Backend") -> Iterator[Offer]:
             latency_ms=_positive(entry.get("first_token_latency_ms")),
             throughput=_positive(entry.get("throughput")),
         )
-        yield with_labels(offer, backend)
+        yield completed(offer, backend)
 
 
-def with_labels(offer: Offer, backend: "Backend") -> Offer:
+def completed(offer: Offer, backend: "Backend") -> Offer:
     """An offer with what is known of its provider, by the owner's table or else the package's, and its image bound."""
-    labels = backend.labels.get(offer.provider, LABELS.get(offer.provider, {}).get("labels", ()))
+    known = backend.providers.get(offer.provider) or PROVIDERS.get(offer.provider) or offer.known
     bound = backend.image_tokens if offer.image_tokens is None else offer.image_tokens
-    return replace(offer, labels=offer.labels | frozenset(labels), image_tokens=bound)
+    return replace(offer, known=known, image_tokens=bound)
 
 
 def price(usd_per_m: object) -> int | None:

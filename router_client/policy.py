@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from router_client.errors import ConfigError
+from router_client.errors import AttemptFailed, ConfigError, Fault
 from router_client.ledger import Caps, nano
-from router_client.offers import NAME, Offer, price
+from router_client.offers import NAME, Offer, Provider, price
 
 MODES = ("on_device_only", "prefer_on_device", "prefer_cloud", "cloud_only")
 REASONS = frozenset(
@@ -146,7 +146,8 @@ class Backend:
     max_usd_per_m: the dearest (input, output) price allowed, in USD per million tokens.
     image_tokens: the most that one image can take with its models.
     bill_to: an organization of Hugging Face that pays.
-    labels: provider -> labels of its data policy, in place of the package's own table.
+    providers: what is known of providers, each in place of the package's own entry; "" is an own server.
+    at_once: requests under way; the others wait, so that one refused account is not asked by all.
     allow_http: plain HTTP to other hosts than this one; then a token travels unencrypted.
     """
 
@@ -161,7 +162,8 @@ class Backend:
     max_usd_per_m: tuple[float, float] | None = None
     image_tokens: int | None = None
     bill_to: str = ""
-    labels: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    providers: Mapping[str, Provider] = field(default_factory=dict)
+    at_once: int = 4
     proxy: str | None = field(default=None, repr=False)
     allow_http: bool = False
 
@@ -183,13 +185,33 @@ class Backend:
             raise ConfigError(f"{where}: bill_to is no name of an organization")
         if any(not NAME.fullmatch(model.replace(":", "-")) for model in self.models):
             raise ConfigError(f"{where}: models holds what is no name of a model")
-        if self.image_tokens is not None and self.image_tokens < 1:
-            raise ConfigError(f"{where}: image_tokens is {self.image_tokens}, want 1 or more")
+        for name in ("image_tokens", "at_once"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ConfigError(f"{where}: {name} is {number}, want 1 or more")
 
     @property
     def host(self) -> str:
         """Where it is."""
         return urlsplit(self.base_url).netloc
+
+
+def read_token(backend: Backend) -> str:
+    """A backend's token, checked before it can reach a header, whose errors would quote it.
+
+    Raises:
+        AttemptFailed: if there is none, or none that can be one.
+    """
+    if backend.token is None:
+        return ""
+    try:
+        token = backend.token()
+    except Exception:  # noqa: BLE001 -- the owner's function; its words may hold the token
+        raise AttemptFailed(Fault("no_token", "account", "the token could not be read")) from None
+    if not token:
+        raise AttemptFailed(Fault("no_token", "account", "there is no token"))
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise AttemptFailed(Fault("bad_token", "account", "the token holds characters that no token has"))
+    return token
 
 
 @dataclass(frozen=True)
@@ -249,8 +271,9 @@ def _backend(values: dict[str, Any]) -> Backend:
         _known(row, {"model", "provider", "vision", "context", "usd_in", "usd_out", "image_tokens"}, f"{where}: offer")
         prices = {"price_in": price(row.pop("usd_in", None)), "price_out": price(row.pop("usd_out", None))}
         offers.append(_table(Offer, {"backend": values["name"], **row, **prices}, f"{where}: offer"))
-    labels = {provider: frozenset(found) for provider, found in values.pop("labels", {}).items()}
-    return _table(Backend, {**values, "offers": tuple(offers), "labels": labels}, where)
+    rows = values.pop("providers", {}).items()
+    providers = {name: _table(Provider, row, f"{where}: provider {name!r}") for name, row in rows}
+    return _table(Backend, {**values, "offers": tuple(offers), "providers": providers}, where)
 
 
 def _table(kind: type[T], values: Mapping[str, Any], where: str, omit: frozenset[str] | set[str] = frozenset()) -> T:

@@ -13,6 +13,7 @@ class Attempt:
     ms, ttft_ms: from the start of the attempt to its end and to its first piece of text.
     billed: "no", "yes" by the provider's count, or "maybe", which is booked as spent.
     detail: the server's words, scrubbed.
+    request_id, trace_id: the server's name for the request and ours, for its support.
     """
 
     offer: str
@@ -22,6 +23,8 @@ class Attempt:
     billed: str = "no"
     cost_nano_usd: int = 0
     detail: str = ""
+    request_id: str = ""
+    trace_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Receipt:
     served_as_asked: False where the provider named in the response is not the one asked.
     usage_source: "provider", or "bound" where it named none and the reserved amount stays booked.
     cost_basis: the price that the cost was computed with.
+    warnings: the server's, one of each.
     """
 
     mode: str = ""
@@ -71,6 +75,7 @@ class Receipt:
     egress: Egress | None = None
     day_left_nano_usd: int | None = None
     restarted: bool = False
+    warnings: list[str] = field(default_factory=list)
     ms: float = 0.0
 
     def as_json(self) -> dict[str, Any]:

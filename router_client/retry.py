@@ -3,8 +3,8 @@
 import math
 import random
 import re
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 BASE_S, CAP_S = 0.25, 4.0
@@ -47,20 +47,22 @@ def _sensible(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) and 0 < seconds <= MAX_WISH_S else None
 
 
-@dataclass
 class RetryBudget:
     """Keeps a client from hammering when everything fails: a retry costs a whole token, a success earns a tenth."""
 
-    tokens: float = 10.0
-    most: float = 10.0
+    def __init__(self, most: float = 10.0) -> None:
+        self.tokens = self.most = most
+        self._lock = threading.Lock()
 
     def take(self) -> bool:
         """Whether another retry is allowed; pays for it."""
-        if self.tokens < 1:
-            return False
-        self.tokens -= 1
-        return True
+        with self._lock:
+            if self.tokens < 1:
+                return False
+            self.tokens -= 1
+            return True
 
     def earn(self) -> None:
         """After a success."""
-        self.tokens = min(self.most, self.tokens + 0.1)
+        with self._lock:
+            self.tokens = min(self.most, self.tokens + 0.1)

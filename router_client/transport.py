@@ -7,13 +7,15 @@ meanwhile nobody can tell whether the request was billed.
 """
 
 import contextlib
+import math
 import queue
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from router_client.errors import AttemptFailed, Fault, classify, scrub
 from router_client.policy import Backend, Policy
@@ -66,6 +68,24 @@ class Worker(Generic[T]):
         return item
 
 
+def within(function: Callable[[threading.Event], T], left_s: float) -> T:
+    """What a function returns or raises, if it does so in time; it is told by the event that nobody waits any more.
+
+    Raises:
+        TimeoutError: if not; the function goes on in its thread.
+    """
+    worker: Worker[T] = Worker(lambda put, stop: put(function(stop)))
+    try:
+        return cast("T", worker.next(left_s))
+    finally:
+        worker.stop.set()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The client is loaded, and connects."""
+
+
 @dataclass(frozen=True)
 class Sent:
     """From here on the server may do work."""
@@ -80,7 +100,7 @@ class Head:
     close: Callable[[], None] = field(repr=False)
 
 
-Item = Sent | Head | bytes
+Item = Ready | Sent | Head | bytes
 
 
 @dataclass
@@ -88,6 +108,7 @@ class Exchange:
     """One request under way: what the caller wants to know of it at any time."""
 
     chat: Chat
+    trace_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     sent: bool = False
     headers: dict[str, str] = field(default_factory=dict)
     ttft_ms: float | None = None
@@ -118,14 +139,16 @@ class Wire:
                 self._client = None
 
     def _start(self, method: str, path: str, headers: dict[str, str], body: bytes, policy: Policy) -> Worker[Item]:
-        import httpx2
-
         url = self._backend.base_url.rstrip("/") + path
         read_s = max(policy.first_token_s, policy.idle_s)
-        timeout = httpx2.Timeout(read_s + AFTER_S, connect=policy.connect_s + AFTER_S)
-        client = self._http()
 
         def run(put: Callable[[Item], None], stop: threading.Event) -> None:
+            import httpx2  # here, since that and reading certificates take time on a small device
+
+            client = self._http()
+            timeout = httpx2.Timeout(read_s + AFTER_S, connect=policy.connect_s + AFTER_S)
+            put(Ready())
+
             def trace(name: str, _info: Any) -> None:
                 if name == "http11.send_request_headers.started":
                     if stop.is_set():
@@ -168,6 +191,7 @@ class Wire:
             AttemptFailed: for everything that is no whole answer.
         """
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
+        headers["x-amzn-trace-id"] = exchange.trace_id
         if token:
             headers["authorization"] = f"Bearer {token}"
         if self._backend.bill_to:
@@ -238,7 +262,7 @@ class Wire:
         chat = exchange.chat
         worker = self._start(method, path, headers, body, policy)
         close: Callable[[], None] = lambda: None  # noqa: E731
-        limit = time.monotonic() + policy.connect_s
+        limit = math.inf
         late = Fault("connect_timeout", "network")
         try:
             while True:
@@ -257,6 +281,9 @@ class Wire:
                     raise AttemptFailed(_broken(exc, exchange)) from None
                 if item is None:
                     return
+                if isinstance(item, Ready):
+                    limit = time.monotonic() + policy.connect_s
+                    continue
                 if isinstance(item, Sent):
                     exchange.sent = True
                     limit = time.monotonic() + policy.first_token_s

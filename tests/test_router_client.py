@@ -249,7 +249,7 @@ def test_a_token_that_cannot_be_one_never_reaches_a_header(setup: Setup, token: 
 
 def test_no_token_shows_in_any_repr(setup: Setup) -> None:
     router = setup.router("ok")
-    assert SECRET not in repr([router, router.backends, router.privacy, router.policy, vars(router)])
+    assert SECRET not in repr([router, router.market.backends, router.policy, vars(router), vars(router._cloud)])  # noqa: SLF001
 
 
 @pytest.mark.parametrize(
