@@ -266,13 +266,13 @@ class Wire:
         late = Fault("connect_timeout", "network")
         try:
             while True:
-                wait_s = limit - time.monotonic()
+                wait_s, rest_s = limit - time.monotonic(), left_s()
                 try:
-                    item = worker.next(min(wait_s, left_s()))
+                    item = worker.next(min(wait_s, rest_s))
                 except TimeoutError:
                     if chat.finish_reason:
                         return  # the answer is whole; only its usage is missing
-                    if left_s() < wait_s:
+                    if rest_s < wait_s:
                         late = Fault("deadline", "request", maybe_billed=exchange.sent)
                     raise AttemptFailed(late) from None
                 except Exception as exc:  # noqa: BLE001 -- whatever the client raises; it may quote what was sent

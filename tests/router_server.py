@@ -173,7 +173,8 @@ class Router:
 
     def meet(self, name: str, provider: str, request: Received, sock: socket.socket) -> None:
         """One scenario."""
-        headers = {"content-type": "text/event-stream", "x-inference-provider": provider, "x-request-id": "req-1"}
+        request_id = f"req-{request.headers.get('x-amzn-trace-id', '')[:8]}"
+        headers = {"content-type": "text/event-stream", "x-inference-provider": provider, "x-request-id": request_id}
         if name == "429_retry_after_date":
             fail(sock, 429, RATE, {"retry-after": formatdate(self.now() + 9, usegmt=True)})
             return
@@ -187,6 +188,8 @@ class Router:
             headers["x-inference-provider"] = "beta" if name == "wrong_provider_known" else "gamma"
         if name == "model_key_first" and not request.body.startswith(b'{"model"'):
             name = "eof_no_finish"
+        if name == "billing_header_echo":
+            headers["x-hf-warning"] = f"billing; paid by {request.headers.get('x-hf-bill-to')} {SECRET}"
         sock.sendall(head(200, {**headers, "transfer-encoding": "chunked"}))
         self.body(name, sock)
 

@@ -18,7 +18,7 @@ from router_client.local import ContextTooLongError, Token
 from router_client.policy import REASONS, Backend, Policy, Privacy, read_config
 from tests import router_server
 from tests.router_server import SECRET, TEXT
-from tests.test_router_faults import SHORT, Here, Setup, png, server, setup
+from tests.router_setup import SHORT, Here, Setup, png, server, setup
 
 __all__ = ["server", "setup"]  # fixtures
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,137 +1,23 @@
 """Every fault of the protocol over real sockets: who is asked next, what is booked, and that no deadline is passed."""
 
-import io
 import json
 import logging
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from PIL import Image
 
-from router_client.client import Answer, Router
+from router_client.client import Answer
 from router_client.errors import DAY_S, RouterError
-from router_client.ledger import CLOCK_FLOOR_S, Entry, Ledger
-from router_client.local import Question, Token
-from router_client.policy import Backend, Budget, Plan, Policy, Privacy
-from tests import router_server
+from router_client.ledger import Ledger
+from router_client.local import Token
+from router_client.policy import Budget, Policy
+from tests import router_server, test_router_time
 from tests.router_server import SECRET, TEXT
+from tests.router_setup import COST, NOW, SHORT, Here, Setup, png, server, setup
 
-NOW = CLOCK_FLOOR_S + 200 * DAY_S
-COST = 1093 * 1000 + 9 * 1500  # nano-USD of the server's usage at its first price
-SHORT = Policy("cloud_only", connect_s=1, first_token_s=0.3, idle_s=0.3, deadline_s=2, max_attempts=2)
-
-
-@dataclass
-class FakeClock:
-    """Goes on by sleeping alone."""
-
-    at: float = NOW
-    slept: list[float] = field(default_factory=list)
-
-    def now(self) -> float:
-        return self.at
-
-    def monotonic(self) -> float:
-        return self.at
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.at += seconds
-
-
-@dataclass
-class Here:
-    """A local leg that says what it is told to, at a pace."""
-
-    tokens: Sequence[Token] = (Token("here"), Token("", finish="stop"))
-    why: str = ""
-    error: Exception | None = None
-    pace_s: float = 0.0
-    asked: int = 0
-    stopped: threading.Event = field(default_factory=threading.Event)
-
-    def available(self) -> str:
-        return self.why
-
-    def stream(self, question: Question, stop: threading.Event) -> Iterator[Token]:
-        self.asked += 1
-        for token in self.tokens:
-            if stop.wait(self.pace_s):
-                self.stopped.set()
-                return
-            yield token
-        if self.error:
-            raise self.error
-
-
-@pytest.fixture
-def server() -> Iterator[router_server.Router]:
-    """The other side."""
-    router = router_server.Router()
-    running = router_server.serve(router)
-    yield router
-    router.stop.set()
-    running.shutdown()
-    running.server_close()
-
-
-@dataclass
-class Setup:
-    """A client of the server."""
-
-    server: router_server.Router
-    state: Path
-    clock: FakeClock = field(default_factory=FakeClock)
-    plans: list[Plan] = field(default_factory=list)
-    policy: Policy = SHORT
-    budget: Budget = field(default_factory=Budget)
-    privacy: Privacy = field(default_factory=Privacy)
-    local: Here | None = None
-    backend: dict[str, object] = field(default_factory=dict)
-    real_time: bool = False
-
-    def consent(self, plan: Plan) -> bool:
-        self.plans.append(plan)
-        return True
-
-    def router(self, scenario: str) -> Router:
-        fields = {"token": lambda: SECRET, "image_tokens": 1000, **self.backend}
-        backend = Backend("fake", self.server.base_url, (f"test/{scenario}",), **fields)  # type: ignore[arg-type]
-        privacy = self.privacy if self.privacy.consent else replace(self.privacy, consent=self.consent)
-        more = {} if self.real_time else {"clock": self.clock}
-        return Router(
-            local=self.local, backends=[backend], policy=self.policy, budget=self.budget, privacy=privacy,
-            state=self.state, **more,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    def ask(self, scenario: str, *providers: str, **more: object) -> Answer | RouterError:
-        """The answer, or the error, to one question about a scenario's model at the providers."""
-        if providers:
-            self.server.offer(scenario, *providers)
-        router = self.router(scenario)
-        try:
-            return router.ask("What does it read?", **more)  # type: ignore[arg-type]
-        except RouterError as error:
-            return error
-        finally:
-            router.close()
-
-    def entries(self) -> list[Entry]:
-        return Ledger(self.state).entries()
-
-
-@pytest.fixture
-def setup(server: router_server.Router, tmp_path: Path) -> Setup:
-    """A client of it, in cloud_only."""
-    made = Setup(server, tmp_path / "ledger")
-    server.now = made.clock.now
-    return made
-
+__all__ = ["server", "setup"]  # fixtures
 
 WELL = [
     "ok", "ok_stream_A", "ok_stream_B", "comment", "data_nospace", "crlf", "utf8_split", "multi_line_data",
@@ -325,7 +211,7 @@ def test_another_provider_than_asked_is_flagged_and_paid_at_its_price(setup: Set
     answer = setup.ask("wrong_provider_header", "alpha")
     assert isinstance(answer, Answer)
     receipt = answer.receipt
-    assert (receipt.provider_served, receipt.served_as_asked, receipt.request_id) == ("gamma", False, "req-1")
+    assert (receipt.provider_served, receipt.served_as_asked) == ("gamma", False)
     assert receipt.usage_source == "bound"  # gamma's price is not known
     setup.state = setup.state.with_name("second")
     answer = setup.ask("wrong_provider_known", "alpha", "beta")
@@ -368,11 +254,16 @@ def test_a_catalogue_is_kept_and_an_old_one_is_better_than_none(setup: Setup) ->
 
 def test_the_organization_that_pays_is_named_and_the_token_stays_with_chats(setup: Setup) -> None:
     setup.backend["bill_to"] = "my-org"
-    setup.ask("ok", "alpha")
+    answer = setup.ask("billing_header_echo", "alpha")
+    assert isinstance(answer, Answer)
+    assert answer.receipt.warnings == ["billing; paid by my-org [token]"]
+    (attempt,) = answer.receipt.attempts
     get, post = setup.server.received
+    assert post.headers["x-amzn-trace-id"] == attempt.trace_id
+    assert attempt.request_id == answer.receipt.request_id == f"req-{attempt.trace_id[:8]}"
     assert "authorization" not in get.headers
     assert (post.headers["x-hf-bill-to"], post.headers["authorization"]) == ("my-org", f"Bearer {SECRET}")
-    assert post.body.startswith(b'{"model": "test/ok:alpha"')
+    assert post.body.startswith(b'{"model": "test/billing_header_echo:alpha"')
 
 
 SLOW = ["stall_before_headers", "stall_before_first", "stall_mid", "slow_drip"]
@@ -423,19 +314,39 @@ def test_an_abandoned_stream_is_booked_as_spent(setup: Setup) -> None:
     assert [e.state for e in setup.entries()] == ["uncertain"]
 
 
-def png(width: int = 40, height: int = 20) -> bytes:
-    """A file with metadata."""
-    out = io.BytesIO()
-    image = Image.effect_noise((width, height), 60).convert("RGB")
-    exif = Image.Exif()
-    exif[0x010E] = "taken at home"
-    image.save(out, "PNG", exif=exif)
-    return out.getvalue()
+# The rows of the protocol's fault matrix, and of its table of errors.
+MATRIX = [
+    "ok", "ok_stream_A", "ok_stream_B", "no_usage", "comment", "data_nospace", "crlf", "utf8_split",
+    "multi_line_data", "inband_err_obj", "inband_err_str", "event_error", "eof_no_finish", "done_no_finish",
+    "tcp_reset", "stall_before_first", "stall_mid", "slow_drip", "html_200", "empty_choices", "reasoning_only",
+    "429_retry_after_s", "429_retry_after_date", "429_ratelimit_hdr", "503_then_ok", "402_then_ok", "price_missing",
+    "catalogue_500", "catalogue_stale", "provider_unknown", "wrong_provider_header", "billing_header_echo",
+    "model_key_first",
+]  # fmt: skip
+ERROR_TABLE = [
+    "401", "401_html", "402", "403", "403_org", "403_gated", "400_not_supported", "400_not_found", "400_provider",
+    "404", "400_param", "422_param", "400_image", "413", "429", "429_title", "408", "500", "502", "503", "504", "529",
+    "transport_dns", "transport_connect", "transport_tls", "json_error_200", "json_empty_choices", "html_200",
+]  # fmt: skip
+OWN_TESTS: dict[str, Callable[..., None]] = {
+    "no_usage": test_no_usage_leaves_the_reservation_booked,
+    "slow_drip": test_the_deadline_holds_within_250_ms,
+    "503_then_ok": test_a_single_offer_is_asked_again_after_a_full_jitter,
+    "price_missing": test_a_missing_price_is_not_free,
+    "catalogue_500": test_a_catalogue_is_kept_and_an_old_one_is_better_than_none,
+    "catalogue_stale": test_a_catalogue_is_kept_and_an_old_one_is_better_than_none,
+    "provider_unknown": test_a_provider_nobody_knows_is_an_offer_like_any_other,
+    "wrong_provider_header": test_another_provider_than_asked_is_flagged_and_paid_at_its_price,
+    "billing_header_echo": test_the_organization_that_pays_is_named_and_the_token_stays_with_chats,
+    "transport_connect": test_a_host_that_does_not_answer_costs_the_connect_deadline_and_nothing_else,
+    "transport_dns": test_router_time.test_a_name_that_is_not_resolved_costs_the_connect_deadline,
+    "transport_tls": test_router_time.test_a_handshake_that_stalls_costs_the_connect_deadline,
+}
 
 
-def test_the_server_reads_what_it_is_sent(server: router_server.Router) -> None:
-    """The matrix has a row for each scenario that the server knows."""
-    rows = {*WELL, *FAULTS, "no_usage"}
-    with suppress(KeyError):
-        rows.remove("402_then_ok")
-    assert set(router_server.STREAMS) | set(router_server.ERRORS) <= rows
+def test_every_row_of_the_matrix_is_met() -> None:
+    rows = [*MATRIX, *ERROR_TABLE]
+    assert [row for row in rows if row not in {*WELL, *FAULTS, *OWN_TESTS}] == []
+    assert (len(MATRIX), len(ERROR_TABLE)) == (33, 28)
+    served = {*router_server.STREAMS, *router_server.ERRORS}
+    assert served <= {*WELL, *FAULTS, *OWN_TESTS}  # and nothing is served that no test meets
