@@ -1,6 +1,7 @@
 """Every failure of a request, classed by what it says something about, so that nothing else is punished for it."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,16 @@ class AttemptFailed(Exception):
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.code)
         self.fault = fault
+
+
+def quiet(library: str) -> None:
+    """Keeps a library's notes for debugging out of the log: they hold what a user did not mean to write there.
+
+    An owner who gave its logger a level gets them.
+    """
+    logger = logging.getLogger(library)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
 
 
 def scrub(text: str, token: str = "") -> str:

@@ -6,6 +6,7 @@ Needs Pillow; without it an image is refused, because a file as it is carries wh
 import io
 from dataclasses import dataclass, field
 
+from router_client.errors import quiet
 from router_client.local import Picture
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -36,6 +37,7 @@ def reencode(picture: Picture, *, max_side: int, quality: int, max_bytes: int) -
         from PIL import Image, ImageOps
     except ImportError as exc:
         raise ImageRefusedError("Pillow is not installed: an image is not sent as it is, with its metadata") from exc
+    quiet("PIL")  # it logs metadata for debugging
     try:
         source = io.BytesIO(picture if isinstance(picture, bytes) else picture.read_bytes())
         with Image.open(source, formats=FORMATS) as image:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from router_client.errors import AttemptFailed, Fault, classify, scrub
+from router_client.errors import AttemptFailed, Fault, classify, quiet, scrub
 from router_client.policy import Backend, Policy
 from router_client.stream import Chat, bad_stream
 
@@ -127,6 +127,7 @@ class Wire:
 
         with self._lock:
             if self._client is None:
+                quiet("httpcore2")  # it logs the headers of responses
                 limits = httpx2.Limits(max_keepalive_connections=0)
                 self._client = httpx2.Client(trust_env=False, proxy=self._backend.proxy, limits=limits)
             return self._client

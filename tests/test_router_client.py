@@ -279,3 +279,40 @@ def test_the_ledger_of_the_server_is_the_clients(setup: Setup) -> None:
     setup.ask("503", "alpha", "beta")
     assert booked == [1, 2]
     assert Policy().mode == "on_device_only"
+
+
+GOOD_HERE, BAD_HERE, NONE_HERE = "good", "truncated", "unavailable"
+
+
+@pytest.mark.parametrize(
+    ("mode", "here", "cloud", "wish", "want"),
+    [  # want: whose answer, whether it is degraded, how often the device was asked, how often the cloud
+        ("on_device_only", GOOD_HERE, "ok", True, ("local", False, 1, 0)),
+        ("on_device_only", BAD_HERE, "ok", False, ("local", True, 1, 0)),
+        ("on_device_only", NONE_HERE, "ok", True, ("", False, 0, 0)),
+        ("prefer_on_device", GOOD_HERE, "ok", False, ("local", False, 1, 0)),
+        ("prefer_on_device", GOOD_HERE, "ok", True, ("cloud", False, 0, 1)),
+        ("prefer_on_device", GOOD_HERE, "402", True, ("local", True, 1, 1)),
+        ("prefer_on_device", BAD_HERE, "ok", False, ("cloud", False, 1, 1)),
+        ("prefer_on_device", BAD_HERE, "402", False, ("local", True, 1, 1)),
+        ("prefer_on_device", NONE_HERE, "ok", False, ("cloud", False, 0, 1)),
+        ("prefer_on_device", NONE_HERE, "402", False, ("", False, 0, 1)),
+        ("prefer_cloud", GOOD_HERE, "ok", False, ("cloud", False, 0, 1)),
+        ("prefer_cloud", GOOD_HERE, "402", False, ("local", True, 1, 1)),
+        ("prefer_cloud", BAD_HERE, "402", False, ("local", True, 1, 1)),
+        ("prefer_cloud", NONE_HERE, "402", False, ("", False, 0, 1)),
+        ("cloud_only", GOOD_HERE, "ok", False, ("cloud", False, 0, 1)),
+        ("cloud_only", GOOD_HERE, "402", False, ("", False, 0, 1)),
+    ],
+)
+def test_the_mode_table(
+    setup: Setup, mode: str, here: str, cloud: str, wish: bool, want: tuple[str, bool, int, int]
+) -> None:
+    setup.local = Here() if here == GOOD_HERE else replace(BAD[here], asked=0)
+    setup.policy = replace(SHORT, mode=mode)
+    result = setup.ask(cloud, "alpha", escalate=wish)
+    receipt = result.receipt
+    assert (receipt.source, receipt.degraded, setup.local.asked, len(setup.server.chats)) == want
+    assert isinstance(result, Answer) == bool(want[0])
+    assert (not setup.server.received) == (want[3] == 0)  # the catalogue neither
+    assert receipt.mode == mode
