@@ -1,6 +1,5 @@
 """Catalogues, and which of their offers may be asked now."""
 
-import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -22,6 +21,8 @@ OWN_SAMPLES = 3  # of this device's own, which then replace what a catalogue say
 
 def account_key(backend: Backend, token: str) -> str:
     """A key that changes with the token and does not hold it."""
+    import hashlib  # slow to import
+
     mark = hashlib.sha256(f"{backend.base_url} {backend.bill_to} {token}".encode()).hexdigest()[:16]
     return f"account {backend.name} {mark}"
 
@@ -40,13 +41,7 @@ class Market:
     """What the backends offer and the owner allows."""
 
     def __init__(
-        self,
-        backends: tuple[Backend, ...],
-        policy: Policy,
-        privacy: Privacy,
-        caps: Caps,
-        ledger: Ledger,
-        clock: Clock,
+        self, backends: tuple[Backend, ...], policy: Policy, privacy: Privacy, caps: Caps, ledger: Ledger, clock: Clock
     ) -> None:
         self.backends: Mapping[str, Backend] = {b.name: b for b in backends}
         self.wires = {b.name: Wire(b) for b in backends}

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,6 +239,8 @@ def completed(offer: Offer, backend: "Backend") -> Offer:
 
 def price(usd_per_m: object) -> int | None:
     """Nano-USD per million tokens, rounded up, of a stated price; None for what is no price."""
+    from fractions import Fraction  # slow to import
+
     number = _positive(usd_per_m)
     return None if number is None or number > 10**6 else math.ceil(Fraction(str(number)) * 10**9)
 

@@ -3,12 +3,10 @@
 import math
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from router_client.errors import AttemptFailed, ConfigError, Fault
 from router_client.ledger import Caps, nano
@@ -168,6 +166,8 @@ class Backend:
     allow_http: bool = False
 
     def __post_init__(self) -> None:
+        from urllib.parse import urlsplit  # slow to import
+
         where = f"backend {self.name!r}"
         parts = urlsplit(self.base_url)
         if not NAME.fullmatch(self.name):
@@ -192,7 +192,7 @@ class Backend:
     @property
     def host(self) -> str:
         """Where it is."""
-        return urlsplit(self.base_url).netloc
+        return self.base_url.partition("://")[2].partition("/")[0]
 
 
 def read_token(backend: Backend) -> str:
@@ -234,6 +234,8 @@ def read_config(path: Path) -> Config:
     Raises:
         ConfigError: naming the file, the key, what was found and what was wanted.
     """
+    import tomllib  # slow to import
+
     try:
         values = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as exc:

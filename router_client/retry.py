@@ -5,7 +5,6 @@ import random
 import re
 import threading
 from collections.abc import Callable, Mapping
-from email.utils import parsedate_to_datetime
 
 BASE_S, CAP_S = 0.25, 4.0
 MAX_WISH_S = 120.0  # a longer Retry-After is taken for a mistake, as the openai client does
@@ -32,6 +31,8 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
         except ValueError:
             pass
     if plain:
+        from email.utils import parsedate_to_datetime  # slow to import
+
         try:
             return _sensible(parsedate_to_datetime(plain).timestamp() - now)
         except (ValueError, TypeError, OverflowError, IndexError):
