@@ -1,19 +1,20 @@
 """Answers here or asks the marketplace, never by surprise.
 
-client.py is the story: local leg, escalation, offers, consent, reservation, attempts, receipt. What it stands on, in
-the order to read it:
+client.py is the story, cloud.py its second half: offers, consent, reservation, attempts. What they stand on, in the
+order to read it:
 
     policy.py     what the owner allows: modes, caps, privacy, backends; and the configuration file
     local.py      the two-method protocol of the local leg, and the signals that its answer is not good enough
-    offers.py     the catalogue, which offers are allowed, what this request costs with each
+    run.py        one request under way; receipt.py: who answered, why, at what cost
+    offers.py     what a catalogue says, which offers are allowed, what this request costs with each
+    market.py     catalogues, and which offers may be asked now
     ledger.py     money in integer nano-USD, and what must be remembered between processes, in one SQLite file
     breaker.py    when to leave an account, a model or an offer alone (pure functions)
     retry.py      how long to wait, and when to stop trying
-    images.py     images re-encoded without metadata before they leave
+    images.py     images re-encoded without metadata before they leave; request.py: what is sent
+    transport.py  one HTTP request with its deadlines
     stream.py     a server-sent answer, decoded byte by byte
     errors.py     every failure, by what it says something about: account, network, model, offer, request
-    transport.py  one HTTP request with its deadlines
-    receipt.py    who answered, why, at what cost
     doctor.py     entry: what is wrong, in words
     spend.py      entry: the ledger
 

@@ -15,7 +15,7 @@ from router_client.errors import ConfigError, RouterError
 from router_client.images import ImageRefusedError, reencode
 from router_client.ledger import Ledger
 from router_client.local import ContextTooLongError, Token
-from router_client.policy import REASONS, Backend, Policy, Privacy, read_config
+from router_client.policy import REASONS, Backend, Budget, Policy, Privacy, read_config
 from tests import router_server
 from tests.router_server import SECRET, TEXT
 from tests.router_setup import SHORT, Here, Setup, png, server, setup
@@ -316,3 +316,41 @@ def test_the_mode_table(
     assert isinstance(result, Answer) == bool(want[0])
     assert (not setup.server.received) == (want[3] == 0)  # the catalogue neither
     assert receipt.mode == mode
+
+
+def test_the_configuration_of_the_readme_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text("utf-8").partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "router.toml").write_text(text, "utf-8")
+    config = read_config(tmp_path / "router.toml")
+    assert (config.policy.mode, config.policy.escalate_on) == ("prefer_on_device", REASONS)
+    assert config.budget == Budget()
+    assert [b.name for b in config.backends] == ["hf", "own"]
+    assert config.backends[0].providers["together"].labels == config.privacy.require == {"zero_retention"}
+    assert config.backends[1].offers[0].price_out == 0
+    assert config.state == tmp_path / "router.sqlite3"
+
+
+def test_the_doctor_asks_again_after_a_refused_token(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The latch of a refused token ends when its owner says so: it may have been put right at the other end."""
+    monkeypatch.setenv("ROUTER_TEST_TOKEN", SECRET)
+    setup.server.offer("401_then_ok", "alpha")
+    path = config(setup)
+    path.write_text(path.read_text("utf-8").replace("test/ok", "test/401_then_ok"), "utf-8")
+    assert doctor.main(["--config", str(path)]) == 1
+    assert doctor.main(["--config", str(path)]) == 0
+    assert "answered" in capsys.readouterr().out
+    assert len(setup.server.chats) == 2
+
+
+@pytest.mark.parametrize("entry", ["doctor", "spend"])
+def test_an_entry_says_what_it_does_and_refuses_a_file_that_is_none(entry: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"router_client.{entry}"]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--config" in done.stdout
+    command += ["--config", str(tmp_path / "none")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "none: cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
