@@ -1,4 +1,4 @@
-"""The cloud leg: whom to ask, what would leave, consent, and one loop of attempts, each reserved and booked.
+"""The cloud leg: what was planned and agreed to, in one loop of attempts, each reserved before and booked after.
 
 Whatever may take long without a limit of its own (another process in the ledger, a token that is fetched, a large
 image) runs in a thread, and is waited for no longer than the deadline allows.
@@ -6,7 +6,7 @@ image) runs in a thread, and is waited for no longer than the deadline allows.
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,14 +14,15 @@ from datetime import UTC, datetime
 from router_client import breaker
 from router_client.breaker import Health
 from router_client.errors import AttemptFailed, Fault, scrub
-from router_client.images import Encoded, ImageRefusedError, reencode
+from router_client.images import Encoded, ImageRefusedError
 from router_client.ledger import BudgetRefused, Caps, Ledger, LedgerError
 from router_client.local import fits
 from router_client.market import Market, account_key, model_key, offer_key
-from router_client.offers import Offer, Size, bound_nano, cost_nano
-from router_client.policy import Plan, Policy, Privacy, read_token
-from router_client.receipt import Attempt, Egress
-from router_client.request import chat_body, text_bytes
+from router_client.offers import Offer, bound_nano, cost_nano
+from router_client.planning import Planned, Planner
+from router_client.policy import Policy, Privacy, read_token
+from router_client.receipt import Attempt
+from router_client.request import chat_body
 from router_client.retry import RetryBudget, full_jitter_s
 from router_client.run import Clock, Event, Run
 from router_client.stream import Chat
@@ -31,24 +32,6 @@ log = logging.getLogger("router_client")
 LEAST_LEFT = 0.02  # of the deadline, or a second if that is less: with less left no attempt begins
 COOL_S = 5.0  # after a 429 that names no time, doubled by each
 BOOKING_S = 0.1  # past the deadline that a booking is waited for; it goes on by itself
-Limits = tuple[int, int]  # longest side and bytes of an image
-
-
-@dataclass
-class _Planned:
-    """What consent was given for, and how it is asked."""
-
-    offers: list[Offer]
-    encoded: dict[Limits, list[Encoded]]
-    size: Size
-    egress: Egress
-    shrink: int = 1
-    minimal: bool = False
-    unreachable: int = 0
-    cools: int = 0
-    wish_s: float = 0.0
-    out: set[str] = field(default_factory=set)  # offers that are not asked again
-    tries: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,8 +54,8 @@ class Cloud:
         self, market: Market, policy: Policy, privacy: Privacy, caps: Caps, ledger: Ledger, clock: Clock
     ) -> None:
         self.market = market
-        self._policy, self._privacy, self._caps = policy, privacy, caps
-        self._ledger, self._clock = ledger, clock
+        self._planner = Planner(market, policy, privacy, clock)
+        self._policy, self._caps, self._ledger, self._clock = policy, caps, ledger, clock
         self._retries = RetryBudget()
         self._slots = {b.name: threading.BoundedSemaphore(b.at_once) for b in market.backends.values()}
 
@@ -87,7 +70,7 @@ class Cloud:
             RouterError: if an answer broke after some of it was handed out, and the policy is to end there.
         """
         try:
-            planned = self._planned(run, share_s)
+            planned = self._planner.plan(run, share_s)
             return planned is not None and (yield from self._attempts(run, planned, share_s))
         except LedgerError as exc:
             run.receipt.refused, run.detail = "ledger", str(exc)
@@ -95,82 +78,7 @@ class Cloud:
             run.receipt.refused = "deadline"
         return False
 
-    def _planned(self, run: Run, share_s: float) -> _Planned | None:
-        """Offers that consent was given for; None with the refusal noted. Only catalogues are fetched here."""
-        receipt, question = run.receipt, run.question
-        if self._privacy.consent is None:
-            receipt.refused = "no_consent_hook"
-            return None
-
-        def look(_: threading.Event) -> tuple[list[Offer], dict[str, str]]:
-            return self.market.offers(size, lambda: run.left_s(share_s))
-
-        size = Size(text_bytes(question), len(question.images), question.max_tokens)
-        encoded: dict[Limits, list[Encoded]] = {}
-        try:
-            self._encode(run, encoded, (self._privacy.max_side, self._privacy.max_image_bytes), share_s)
-            offers, why = within(look, run.left_s(share_s))
-            offers = offers[: self._policy.max_attempts]
-            uploads = [self._encode(run, encoded, self._limits(o, 1), share_s) for o in offers]
-        except ImageRefusedError as exc:
-            receipt.refused, run.detail = "image", str(exc)
-            return None
-        if not offers:
-            receipt.refused, run.detail = "no_offer", "; ".join(f"{n}: {w}" for n, w in sorted(why.items())[:20])
-            return None
-        bounds = [bound_nano(offer, size) for offer in offers]
-        known = [b for b in bounds if b is not None]
-        largest = max(uploads, key=lambda upload: sum(len(e.data) for e in upload))
-        plan = Plan(
-            tuple(o.name for o in offers),
-            tuple(sorted({self.market.backends[o.backend].host for o in offers})),
-            tuple(dict.fromkeys(o.model for o in offers)),
-            receipt.reason,
-            len(largest),
-            sum(len(e.data) for e in largest),
-            tuple((e.width, e.height) for e in largest),
-            size.text_bytes,
-            max(known) * self._policy.max_attempts if len(known) == len(bounds) else None,
-        )
-        if not self._agreed(run, plan, self._privacy.consent):
-            receipt.refused = "consent"
-            return None
-        egress = Egress(plan.images, plan.image_bytes, plan.text_bytes, plan.dimensions)
-        return _Planned(offers, encoded, size, egress)
-
-    def _agreed(self, run: Run, plan: Plan, consent: Callable[[Plan], bool]) -> bool:
-        asked = self._clock.monotonic()
-        try:
-            return consent(plan) is True
-        except Exception as exc:  # noqa: BLE001 -- the owner's function; without its word nothing leaves
-            log.warning("the consent hook failed: %s", type(exc).__name__)
-            return False
-        finally:
-            run.deadline += self._clock.monotonic() - asked  # a person's time is not the machine's
-
-    def _limits(self, offer: Offer, shrink: int) -> Limits:
-        """Of an image for an offer: the owner's, or tighter ones that its provider is known to have."""
-        side, size_bytes = self._privacy.max_side, self._privacy.max_image_bytes
-        side = min(side, offer.known.max_side or side)
-        return side // shrink, min(size_bytes, offer.known.max_image_bytes or size_bytes) // shrink**2
-
-    def _encode(self, run: Run, made: dict[Limits, list[Encoded]], limits: Limits, share_s: float) -> list[Encoded]:
-        """The images within limits, made once.
-
-        Raises:
-            ImageRefusedError: for what must not leave.
-            TimeoutError: if that takes longer than there is time.
-        """
-        quality = self._privacy.jpeg_quality
-        for picture in run.question.images if limits not in made else ():
-
-            def one(_: threading.Event, picture: object = picture) -> Encoded:
-                return reencode(picture, max_side=limits[0], quality=quality, max_bytes=limits[1])  # type: ignore[arg-type]
-
-            made[limits] = [*made.get(limits, []), within(one, run.left_s(share_s))]
-        return made.setdefault(limits, [])
-
-    def _attempts(self, run: Run, planned: _Planned, share_s: float) -> Generator[Event, None, bool]:
+    def _attempts(self, run: Run, planned: Planned, share_s: float) -> Generator[Event, None, bool]:
         """The one loop that retries: an attempt, what it says, whom to ask next."""
         made = 0
         while True:
@@ -211,7 +119,7 @@ class Cloud:
         self._clock.sleep(seconds)
         return True
 
-    def _goes_on(self, fault: Fault, offer: Offer, planned: _Planned) -> bool:
+    def _goes_on(self, fault: Fault, offer: Offer, planned: Planned) -> bool:
         """Whether this request is worth another attempt; notes whom not to ask again in it."""
         same = {o.name for o in planned.offers if o.backend == offer.backend}
         others = {o.name for o in planned.offers} - {offer.name}
@@ -238,20 +146,15 @@ class Cloud:
         return True
 
     def _attempt(
-        self, run: Run, offer: Offer, planned: _Planned, share_s: float
+        self, run: Run, offer: Offer, planned: Planned, share_s: float
     ) -> Generator[Event, None, tuple[Fault | None, bool]]:
         """(why it failed or None, whether it was sent). Money is reserved before and booked after, whatever happens."""
         slot = self._slots[offer.backend]
         if not slot.acquire(timeout=max(0.0, run.left_s(share_s))):
             return Fault("deadline", "request"), False
         try:
-            encoded = self._encode(run, planned.encoded, self._limits(offer, planned.shrink), share_s)
-            minimal, reason = planned.minimal, run.receipt.reason
-
-            def begin(stop: threading.Event) -> _Begun:
-                return self._begin(run, offer, planned.size, encoded, minimal, reason, stop)
-
-            begun = within(begin, run.left_s(share_s))
+            encoded = self._planner.encoded(run, planned, offer, share_s)
+            begun = within(lambda stop: self._begin(run, offer, planned, encoded, stop), run.left_s(share_s))
             return (yield from self._send(run, begun, planned, share_s)), True
         except AttemptFailed as failed:
             return failed.fault, False
@@ -261,14 +164,7 @@ class Cloud:
             slot.release()
 
     def _begin(
-        self,
-        run: Run,
-        offer: Offer,
-        size: Size,
-        encoded: Sequence[Encoded],
-        minimal: bool,
-        reason: str,
-        stop: threading.Event,
+        self, run: Run, offer: Offer, planned: Planned, encoded: Sequence[Encoded], stop: threading.Event
     ) -> _Begun:
         """All that comes before the first byte.
 
@@ -278,16 +174,17 @@ class Cloud:
         """
         ledger, now = self._ledger, self._clock.now()
         token = read_token(self.market.backends[offer.backend])
-        account, health = account_key(self.market.backends[offer.backend], token), offer_key(offer, size.images)
-        body = chat_body(run.question, offer, encoded, minimal=minimal)
+        account, health = account_key(self.market.backends[offer.backend], token), offer_key(offer, planned.size.images)
+        body = chat_body(run.question, offer, encoded, minimal=planned.minimal)
         for key in (account, model_key(offer), health):  # another thread or process may have learnt something
             if code := breaker.reason(ledger.health(key), now):
                 raise AttemptFailed(Fault(code, "offer"))
         for key in (account, health):
             if not ledger.change_health(key, lambda h: breaker.admit(h, now), now):
                 raise AttemptFailed(Fault(breaker.reason(ledger.health(key), now) or "breaker_open", "offer"))
-        bound = bound_nano(offer, size) or 0
+        bound = bound_nano(offer, planned.size) or 0
         try:
+            reason = run.receipt.reason
             entry = ledger.reserve(run.id, offer.name, bound, self._caps, now, reason=reason, consent=True)
         except BudgetRefused as refused:
             raise AttemptFailed(Fault(refused.code, "offer", str(refused))) from None
@@ -295,7 +192,7 @@ class Cloud:
             ledger.release(entry)
         return _Begun(offer, token, account, health, entry, bound, body)
 
-    def _send(self, run: Run, begun: _Begun, planned: _Planned, share_s: float) -> Generator[Event, None, Fault | None]:
+    def _send(self, run: Run, begun: _Begun, planned: Planned, share_s: float) -> Generator[Event, None, Fault | None]:
         """Sends what was begun; why it failed, or None with the answer in run.pieces."""
         receipt, clock, offer = run.receipt, self._clock, begun.offer
         exchange = Exchange(Chat(begun.token))
@@ -325,7 +222,7 @@ class Cloud:
         return fault
 
     def _end(
-        self, run: Run, begun: _Begun, exchange: Exchange, fault: Fault | None, planned: _Planned, ms: float
+        self, run: Run, begun: _Begun, exchange: Exchange, fault: Fault | None, planned: Planned, ms: float
     ) -> None:
         """Books the money, and remembers what the attempt says. Raises nothing: what is reserved is spent."""
         receipt, offer = run.receipt, begun.offer

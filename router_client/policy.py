@@ -14,21 +14,11 @@ from router_client.offers import NAME, Offer, Provider, price
 
 MODES = ("on_device_only", "prefer_on_device", "prefer_cloud", "cloud_only")
 REASONS = frozenset(
-    [
-        "unavailable",
-        "error",
-        "deadline",
-        "truncated",
-        "repetition",
-        "empty",
-        "schema",
-        "context",
-        "low_confidence",
-        "caller",
-    ]
+    "unavailable error deadline truncated repetition empty schema context low_confidence caller".split()  # noqa: SIM905
 )
 STREAM_FAILURES = ("terminate", "restart")
 SORTS = ("price", "latency", "throughput", "listed")
+PLAIN: dict[str, type] = {t.__name__: t for t in (bool, float, frozenset, int, str, tuple)}
 T = TypeVar("T")
 
 
@@ -262,8 +252,8 @@ def _backend(values: dict[str, Any]) -> Backend:
     where = f"backend {values.get('name')!r}"
     env, file = values.pop("token_env", None), values.pop("token_file", None)
     rows = values.pop("offer", [])
-    if env is not None and file is not None:
-        raise ConfigError(f"{where}: token_env and token_file exclude each other")
+    if "token" in values or (env is not None and file is not None):
+        raise ConfigError(f"{where}: a token comes by token_env or by token_file, which exclude each other")
     if env is not None:
         values["token"] = lambda: os.environ.get(env, "")
     if file is not None:
@@ -280,26 +270,19 @@ def _backend(values: dict[str, Any]) -> Backend:
 
 def _table(kind: type[T], values: Mapping[str, Any], where: str, omit: frozenset[str] | set[str] = frozenset()) -> T:
     """A dataclass from a table; arrays become what the field is; false is None where a cap is meant."""
-    named = {f.name: str(f.type) for f in fields(kind) if f.name not in omit}  # type: ignore[arg-type]
+    named = {f.name: str(f.type).removeprefix("<class '") for f in fields(kind) if f.name not in omit}  # type: ignore[arg-type]
     _known(values, set(named), where)
     made: dict[str, Any] = {}
     for key, value in values.items():
-        wanted = named[key]
-        if value is False and "None" in wanted:
-            value = None  # noqa: PLW2901 -- TOML has no null
-        elif isinstance(value, list):
-            value = frozenset(value) if "frozenset" in wanted else tuple(value)  # noqa: PLW2901
-        made[key] = value
-        plain = {"bool": bool, "int": int, "float": (int, float), "str": str}
-        first = re.split(r"\W", wanted.removeprefix("<class '"))[0]
-        if (
-            value is not None
-            and first in plain
-            and not (
-                isinstance(value, plain[first]) and (first == "bool" or not isinstance(value, bool))  # type: ignore[arg-type]
-            )
-        ):
+        first = re.split(r"\W", named[key])[0]
+        if isinstance(value, list) and first in {"frozenset", "tuple"}:
+            made[key] = PLAIN[first](value)
+        elif value is False and "None" in named[key]:
+            made[key] = None  # TOML has no null
+        elif first in PLAIN and type(value) is not PLAIN[first] and (first, type(value)) != ("float", int):
             raise ConfigError(f"{where}: {key} is {value!r}, want {first}")
+        else:
+            made[key] = value
     return kind(**made)
 
 

@@ -219,6 +219,11 @@ def test_the_doctor_sees_a_missing_token_a_policy_that_leaves_nothing_and_a_mode
         ('sort = "best"', "sort is 'best'"),
         ("allow_http = 1", "allow_http is 1"),
         ('token_file = "x"', "exclude each other"),
+        ('token = "hf_abcdefgh"', "comes by token_env"),
+        ('allow = "alpha"', "allow is 'alpha', want frozenset"),
+        ('providers.alpha.refuses = ["max_tokens"]', "refuses has"),
+        ("providers.alpha.max_side = 1", "max_side is 1"),
+        ("at_once = 0", "at_once is 0"),
         ("[other]", "has other"),
     ],
 )

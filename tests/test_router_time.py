@@ -173,7 +173,7 @@ def test_a_persons_time_is_not_the_machines(server: router_server.Router, tmp_pa
         return True
 
     router = fixed(server.base_url, tmp_path)
-    router._cloud._privacy = Privacy(consent=slow)  # type: ignore[union-attr]  # noqa: SLF001
+    router._cloud._planner._privacy = Privacy(consent=slow)  # type: ignore[union-attr]  # noqa: SLF001
     answer, took = timed(lambda: router.ask("What?"))
     assert isinstance(answer, Answer)
     assert took < 2 * DEADLINE_S + MARGIN_S
