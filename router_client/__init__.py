@@ -1,7 +1,7 @@
 """Answers here or asks the marketplace, never by surprise.
 
-client.py is the story, cloud.py its second half: offers, consent, reservation, attempts. What they stand on, in the
-order to read it:
+client.py is the story, planning.py (offers, consent) and cloud.py (reservation, attempts) its second half. What they
+stand on, in the order to read it:
 
     policy.py     what the owner allows: modes, caps, privacy, backends; and the configuration file
     local.py      the two-method protocol of the local leg, and the signals that its answer is not good enough
@@ -12,7 +12,7 @@ order to read it:
     breaker.py    when to leave an account, a model or an offer alone (pure functions)
     retry.py      how long to wait, and when to stop trying
     images.py     images re-encoded without metadata before they leave; request.py: what is sent
-    transport.py  one HTTP request with its deadlines
+    transport.py  one HTTP request with its deadlines; worker.py: the thread that makes every deadline hold
     stream.py     a server-sent answer, decoded byte by byte
     errors.py     every failure, by what it says something about: account, network, model, offer, request
     doctor.py     entry: what is wrong, in words

@@ -24,7 +24,7 @@ from router_client.policy import Backend, Budget, Policy, Privacy
 from router_client.receipt import Attempt, Receipt
 from router_client.request import question_of
 from router_client.run import Answer, Clock, Delta, Done, Event, Reset, Run, SystemClock
-from router_client.transport import Worker
+from router_client.worker import Worker
 
 __all__ = ["Answer", "Delta", "Done", "Event", "Reset", "Router"]
 log = logging.getLogger("router_client")

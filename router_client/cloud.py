@@ -26,7 +26,8 @@ from router_client.request import chat_body
 from router_client.retry import RetryBudget, full_jitter_s
 from router_client.run import Clock, Event, Run
 from router_client.stream import Chat
-from router_client.transport import Exchange, within
+from router_client.transport import Exchange
+from router_client.worker import within
 
 log = logging.getLogger("router_client")
 LEAST_LEFT = 0.02  # of the deadline, or a second if that is less: with less left no attempt begins

@@ -13,7 +13,7 @@ from router_client.policy import Plan, Policy, Privacy
 from router_client.receipt import Egress
 from router_client.request import text_bytes
 from router_client.run import Clock, Run
-from router_client.transport import within
+from router_client.worker import within
 
 log = logging.getLogger("router_client")
 Limits = tuple[int, int]  # longest side and bytes of an image

@@ -8,77 +8,30 @@ meanwhile nobody can tell whether the request was billed.
 
 import contextlib
 import math
-import queue
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from router_client.errors import AttemptFailed, Fault, classify, quiet, scrub
 from router_client.policy import Backend, Policy
 from router_client.stream import Chat, bad_stream
+from router_client.worker import Worker
 
 if TYPE_CHECKING:
     import httpx2
 
-T = TypeVar("T")
 MOST_ERROR_BYTES = 2**16
 MOST_CATALOGUE_BYTES = 2**23
 AFTER_FINISH_S = 2.0  # that a whole answer waits for its usage
-LEAST_WAIT_S = 0.001
 AFTER_S = 1.0  # the sockets' own limits come this much later: who waits decides which deadline has passed
 
 
 class Abandoned(Exception):
     """Raised in the thread of a request that nobody waits for."""
-
-
-class Worker(Generic[T]):
-    """Runs a function in a thread of its own; what it puts can be waited for."""
-
-    def __init__(self, run: Callable[[Callable[[T], None], threading.Event], None]) -> None:
-        self.stop = threading.Event()
-        self._queue: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-        self._run = run
-        threading.Thread(target=self._work, daemon=True, name="router").start()
-
-    def _work(self) -> None:
-        try:
-            self._run(lambda item: self._queue.put((item, None)), self.stop)
-        except BaseException as exc:  # noqa: BLE001 -- raised again by whoever waits
-            self._queue.put((None, exc))
-        else:
-            self._queue.put((None, None))
-
-    def next(self, timeout_s: float) -> T | None:
-        """The next item, None at the end; raises what the function raised.
-
-        Raises:
-            TimeoutError: if nothing came in time; the function goes on.
-        """
-        try:
-            item, error = self._queue.get(timeout=max(timeout_s, LEAST_WAIT_S))
-        except queue.Empty:
-            raise TimeoutError from None
-        if error is not None:
-            raise error
-        return item
-
-
-def within(function: Callable[[threading.Event], T], left_s: float) -> T:
-    """What a function returns or raises, if it does so in time; it is told by the event that nobody waits any more.
-
-    Raises:
-        TimeoutError: if not; the function goes on in its thread.
-    """
-    worker: Worker[T] = Worker(lambda put, stop: put(function(stop)))
-    try:
-        return cast("T", worker.next(left_s))
-    finally:
-        worker.stop.set()
 
 
 @dataclass(frozen=True)

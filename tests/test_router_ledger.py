@@ -265,6 +265,32 @@ def test_a_block_ends_by_time_alone_and_a_longer_one_stays() -> None:
     assert reason(health, NOW + 100) == reason(health, NOW - 1) == ""
 
 
+def test_after_a_block_one_call_finds_out_for_all() -> None:
+    health = block(Health(), "http_402", 100, NOW)
+    assert admit(health, NOW + 99) is None
+    probe = admit(health, NOW + 100)
+    assert probe
+    assert admit(probe, NOW + 110) is None
+    assert reason(probe, NOW + 110) == "http_402"
+    assert admit(probe, NOW + 131)  # it never reported back
+    assert reason(breaker.unblock(probe), NOW + 110) == ""
+    assert breaker.unblock(health) is health  # a call from before the block says nothing about it
+    again = block(probe, "http_402", 5, NOW + 101)  # and the answer to the probe counts, also a shorter wait
+    assert (reason(again, NOW + 105), reason(again, NOW + 107)) == ("http_402", "")
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e5), st.none() | st.floats(0.1, 1e4)), min_size=1, max_size=30))
+def test_averages_lie_among_what_was_measured(samples: list[tuple[float, float | None]]) -> None:
+    health = Health()
+    for ttft_ms, throughput in samples:
+        health = breaker.measured(health, ttft_ms, throughput)
+    times = [t for t, _ in samples]
+    assert min(times) * 0.999 <= health.ttft_ms <= max(times) * 1.001
+    speeds = [s for _, s in samples if s is not None]
+    assert min(speeds, default=0) * 0.999 <= health.throughput <= max(speeds, default=0) * 1.001
+    assert health_of(json.loads(json.dumps(health.as_json()))) == health
+
+
 STEPS = st.lists(st.tuples(st.sampled_from(["call ok", "call bad", "probe lost", "block"]), st.floats(-100, 1000)))
 
 

@@ -1,6 +1,9 @@
 """The stream decoder, cut at every byte and fed with anything; errors by scope; waits."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -261,3 +264,21 @@ def test_retries_are_paid_for_by_successes(steps: list[bool]) -> None:
             taken += budget.take()
     assert taken <= 10 + 0.1 * steps.count(True)
     assert 0 <= budget.tokens <= 10
+
+
+def test_threads_cannot_take_one_retry_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking and taking, another thread gets its turn."""
+
+    class Slow(retry.RetryBudget):
+        def __getattribute__(self, name: str) -> object:
+            if name == "tokens":
+                time.sleep(0.001)
+            return super().__getattribute__(name)
+
+    budget = Slow()
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(lambda _: budget.take(), range(40))) == 10
+    monkeypatch.setattr(budget, "_lock", nullcontext())  # without the lock the same would go wrong
+    budget.tokens = 10
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(lambda _: budget.take(), range(40))) > 10
