@@ -21,7 +21,7 @@ from tests.router_server import SECRET
 
 NOW = CLOCK_FLOOR_S + 200 * DAY_S
 COST = 1093 * 1000 + 9 * 1500  # nano-USD of the server's usage at its first price
-SHORT = Policy("cloud_only", connect_s=1, first_token_s=0.3, idle_s=0.3, deadline_s=2, max_attempts=2)
+SHORT = Policy("cloud_only", connect_s=1, first_token_s=0.5, idle_s=0.5, deadline_s=2, max_attempts=2)
 
 
 @dataclass

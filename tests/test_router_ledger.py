@@ -200,6 +200,12 @@ def test_a_file_that_is_no_ledger_is_an_error_that_names_it(tmp_path: Path) -> N
         Ledger(path / "below").spent(NOW)
 
 
+def test_a_reservation_is_on_the_disk_before_it_counts(ledger: Ledger) -> None:
+    """A power cut cannot be had here: that SQLite was told to wait for the disk (FULL is 2) is all that is seen."""
+    ledger.spent(NOW)
+    assert ledger._connection().execute("PRAGMA synchronous").fetchone() == (2,)  # noqa: SLF001
+
+
 def test_a_locked_ledger_is_an_error_within_seconds(ledger: Ledger) -> None:
     ledger.spent(NOW)
     with contextlib.closing(sqlite3.connect(ledger.path, isolation_level=None)) as other:
