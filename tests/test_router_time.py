@@ -223,13 +223,13 @@ def test_even_the_question_whether_it_can_answer_has_a_deadline() -> None:
 
 def test_all_that_a_device_imports_takes_less_than_100_ms() -> None:
     code = (
-        "import sys, time; began = time.perf_counter(); import router_client.client, router_client.doctor\n"
-        "print(time.perf_counter() - began)\n"
+        "import sys, time; began = time.process_time(); import router_client.client, router_client.doctor\n"
+        "print(time.process_time() - began)\n"
         "names = {n.partition('.')[0] for n in sys.modules} - set(sys.stdlib_module_names)\n"
         "print(sorted(n for n in names if not n.startswith('_')))"
     )
     took = []
-    for _ in range(5):  # the best of five: what the code costs, not what else the machine does
+    for _ in range(5):  # the processor's time, the best of five: what the code costs, not what else the machine does
         done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"],
                               capture_output=True, text=True, check=True)  # fmt: skip
         seconds, names = done.stdout.splitlines()
