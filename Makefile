@@ -10,12 +10,12 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET DEVICE RUNNER EMULATOR
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size check train train-adapter export-android export-ios verify ask quality search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify publish pull native devices run-device ask quality search bench bench-kernels report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -31,6 +31,11 @@ test: $(STAMP)  ## run all tests
 
 test-full-size: $(STAMP)  ## the 2.2B (random weights): minutes, 7 GB of memory, 10 GB of disk
 	@$(PY) -m pytest --full-size -m full_size
+
+test-devices: $(STAMP)  ## fake devices: adbd in a network namespace, sshd, ARM64 emulated; fetches what they take (as root on Debian), skips what is missing
+	@$(PY) -m device_harness.testbed || true
+	@$(PY) -m runtimes.native.build --target=linux-arm64 --emulator || true
+	@$(PY) -m pytest --devices tests/test_adb.py tests/test_arm64.py tests/test_ssh.py
 
 check: $(STAMP)  ## format, lint, types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
@@ -57,6 +62,15 @@ $(DRAWN): | $(STAMP)  # what a recipe is calibrated on where CALIBRATION names n
 verify: $(STAMP)  ## BUNDLE=folder
 	@$(PY) -m runtimes.verify -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
+publish: $(STAMP)  ## BUNDLE=folder TARGET=folder-or-hf://org/name [KEY=private-key]: put a proven bundle where devices pull it
+	@$(PY) -m runtimes.publish $${KEY:+--sign="$$KEY"} -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${TARGET:?is missing: a new folder, or hf://org/name}"
+
+pull: $(STAMP)  ## SOURCE=hf://org/name@revision-https://...-or-folder OUT=folder [KEY=public-key]: fetch a bundle, checked
+	@$(PY) -m runtimes.pull $${KEY:+--key="$$KEY"} -- "$${SOURCE:?is missing: hf://org/name, https://... or a folder}" "$${OUT:?is missing: the new folder}"
+
+native: $(STAMP)  ## [TARGET=linux-arm64] [OUT=folder]: the runner for devices, in C++, into build/native
+	@$(PY) -m runtimes.native.build $${TARGET:+--target="$$TARGET"} $${OUT:+--out="$$OUT"}
+
 ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
 	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
 
@@ -68,6 +82,12 @@ search: $(STAMP)  ## MODEL=folder-or-hub-id DATA=documents.jsonl MAX_SIZE=900MB 
 
 bench: $(STAMP)  ## BUNDLE=folder [PROFILE=pixel-8] [OUT=runs.jsonl]: latency and memory here, within a device's limits
 	@$(PY) -m benchmarks.run $${PROFILE:+--profile="$$PROFILE"} $${OUT:+--out="$$OUT"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
+
+devices: $(STAMP)  ## list the devices that are connected
+	@$(PY) -m device_harness.list
+
+run-device: $(STAMP)  ## BUNDLE=folder DEVICE=local|ssh://[user@]host[:port][/folder]|adb:SERIAL [PROFILE=pixel-8] [RUNNER=file [EMULATOR=words]] [OUT=runs.jsonl]
+	@$(PY) -m device_harness.run --device="$${DEVICE:?is missing: local, ssh://host or adb:SERIAL (make devices)}" $${PROFILE:+--profile="$$PROFILE"} $${RUNNER:+--runner="$$RUNNER"} $${EMULATOR:+--emulator="$$EMULATOR"} $${OUT:+--out="$$OUT"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
 bench-kernels: $(STAMP)  ## [OUT=build/kernels.json]: what the pieces take, and two exports
 	@mkdir -p build
@@ -100,6 +120,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)') "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --editable '.[export,ios,bench,demo,dev]'
+	$(PIP) --editable '.[export,ios,bench,demo,sign,dev]'
 	$(PIP) --no-deps --upgrade --target .venv/oracle "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@

@@ -27,9 +27,10 @@ from benchmarks.measure import Job
 from benchmarks.quality import data_digest
 from benchmarks.quality_report import Given, summarise
 from benchmarks.records import BUDGET_SCHEMA, budget_point
-from benchmarks.run import commit, environment, measure_bundle
+from benchmarks.run import environment, measure_bundle
 from benchmarks.systems import BundleSystem, Decoding
 from device_harness.profiles import Profile, ProfileError, find_profile
+from device_harness.record import commit
 from export.documents import DataError
 from runtimes.bundle import read_bundle
 from runtimes.manifest import BundleError

@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtimes.bundle import read_bundle
 from runtimes.manifest import BundleError, Manifest
-from runtimes.memory import CONNECTOR, EMBED, HEAD, VISION, matrix_shapes
+from runtimes.memory import CONNECTOR, EMBED, HEAD, VISION, data_bytes, matrix_shapes
 
 READ_BYTES = 1 << 26  # a thread's, beyond its share of any cache
 REPEATS = 5
@@ -125,7 +125,7 @@ def bundle_work(manifest: Manifest, config: Mapping[str, Any], files: Mapping[st
     sums["tile"][1] += 4 * vision["num_hidden_layers"] * patches**2 * vision["hidden_size"]
     kv = manifest.text
     return Work(
-        weights=sum(n for path, n in files.items() if path.startswith("onnx/decoder") and path.endswith("_data")),
+        weights=data_bytes(files, "decoder_model_merged"),
         cache=8 * kv.layers * kv.kv_heads * kv.head_dim,
         token=(sums["token"][0], sums["token"][1]),
         head=(sums["head"][0], sums["head"][1]),

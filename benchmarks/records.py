@@ -76,7 +76,7 @@ class PhaseRun:
 
 @dataclass(frozen=True)
 class Run:
-    """A line of `benchmarks.run`.
+    """A line of `benchmarks.run` or `device_harness.run`.
 
     where: the file and line.
     pair: the name of a comparison and the number of this run's pair in it, where it was made by `benchmarks.paired`.
@@ -209,6 +209,8 @@ def read_kernels(path: Path) -> list[Kernel]:
 
 def _run(line: At) -> Run:
     _schema(line, RUN_SCHEMA)
+    if line["execution"].value == "qemu-user":
+        line["execution"].fail("a run that has times: an emulated one states none")
     physical = line.optional("physical")
     least = {name: at.positive() for name, at in physical["limits_ms"].fields(MOST_PHASES).items()} if physical else {}
     phases = {name: _phase(name, at, least.get(name)) for name, at in line["phases"].fields(MOST_PHASES).items()}
@@ -242,7 +244,7 @@ def _phase(name: str, at: At, limit_ms: float | None) -> PhaseRun:
 
 
 def _setting(line: At) -> Setting:
-    profile, job, first = line["profile"], line["job"], line["first_token_of"]
+    profile, job, first = line["profile"], line["job"], line["first_token_of"]  # null: a device looks at no picture
     limits = profile.optional("limits")
     return Setting(
         bundle=_bundle(line["bundle"]),
@@ -258,8 +260,8 @@ def _setting(line: At) -> Setting:
         environment=_environment(line["environment"]),
         job={name: job[name].whole() for name in SETTINGS},
         options={name: at.text() for name, at in job["options"].fields().items()},
-        first_token_tiles=first["tiles"].whole(),
-        first_token_tokens=first["tokens"].whole(),
+        first_token_tiles=first["tiles"].whole() if first.value is not None else 0,
+        first_token_tokens=first["tokens"].whole() if first.value is not None else 0,
     )
 
 

@@ -114,6 +114,8 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     cores = "kept to them" if setting.cores_enforced else "NOT enforced"
     simulated = "simulated on this machine, no device's figures" if setting.simulated else "measured on the device"
     measured = sorted({min(run.measured for run in runs), max(run.measured for run in runs)})
+    packages = (("Python", "python"), ("ONNX Runtime", "onnxruntime"), ("NumPy", "numpy"))
+    software = ", ".join(f"{name} {texts[key]}" for name, key in packages if texts[key])
     picture = f"a picture of {setting.first_token_tiles} tiles" if setting.first_token_tiles else "no picture"
     return [
         ("bundle", str(setting.bundle)),
@@ -125,12 +127,9 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("memory", f"{setting.memory_mib:,} MiB, {kept}"),
         ("machine", ", ".join(filter(None, (texts["processor"], texts["machine"], f"{env.cores or '?'} cores")))),
         ("instructions", " ".join(env.instruction_set) or "none of those that kernels are chosen by"),
-        (
-            "software",
-            f"{texts['system']}; Python {texts['python']}, ONNX Runtime {texts['onnxruntime']}, NumPy {texts['numpy']}",
-        ),
+        ("software", f"{texts['system']}; {software}"),
         ("execution", setting.execution),
-        ("first token", f"{picture}, {setting.first_token_tokens:,} tokens"),
+        *([("first token", f"{picture}, {setting.first_token_tokens:,} tokens")] if setting.first_token_tokens else []),
         (
             "text",
             f"prefill of {job['prefill_tokens']:,} tokens; {job['decode_tokens']:,} tokens at {job['decode_at']:,}",

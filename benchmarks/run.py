@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.measure import END, Job, status_mib
 from device_harness.confine import Confinement, confined
 from device_harness.profiles import Profile, ProfileError, find_profile
+from device_harness.record import FLAGS, commit
 from runtimes.bundle import Bundle, read_bundle
 from runtimes.manifest import BundleError, Manifest
 from runtimes.memory import predict
@@ -36,16 +37,6 @@ from runtimes.runner import EngineError, InputError, engine_name
 
 SCHEMA = 1
 EVERY_S = 0.02  # between looks at a process's memory
-FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_int8",
-    "asimddp",
-    "i8mm",
-    "sve",
-)  # that kernels are chosen by
 AROUND_TILE, AROUND_QUESTION = (
     6,
     24,
@@ -79,20 +70,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def commit(folder: Path = Path(__file__).parent) -> str:
-    """The commit of this checkout, with "+" after it where files differ from it; "" outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603  # fixed words
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    found = git("rev-parse", "HEAD")
-    return found and found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 class Watched:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.bundling import Exported, calibrated, describe, finish, parser, run, start, write_config
-from export.onnx_graphs import graph_dtypes, graph_file, write_graphs
-from export.onnx_ops import LEAST_ENGINE, OPSETS
+from export.onnx_graphs import graph_dtypes, write_graphs
+from export.onnx_ops import LEAST_ENGINE, OPSETS, SHARD_BYTES
 from export.processor import write_processor_files
 from quantize.recipe import DEFAULT
 from runtimes.bundle import stage_bundle
@@ -37,6 +37,7 @@ def export_android(
     limit: int | None = None,
     calibration: Path | None = None,
     work: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Writes the bundle of a checkpoint.
@@ -53,6 +54,7 @@ def export_android(
         limit: use at most this many of them.
         calibration: documents.jsonl by which a calibrated recipe chooses its integers.
         work: where calibration keeps what is done, and takes it up again; None: beside the bundle.
+        shard_bytes: every file of external data is smaller.
 
     Raises:
         CheckpointError, RecipeError, DataError: bad input. BundleError: `out` exists or cannot be written.
@@ -65,10 +67,12 @@ def export_android(
         job = calibrated(job, stage, out, work, progress)
         graphs = stage / "onnx"
         graphs.mkdir()
-        used = write_graphs(graphs, job.spec, job.source, job.recipe, progress)
-        dtypes = graph_dtypes(job.spec, job.recipe)
-        external = {graph_file(graph, dtype): 1 for graph, dtype in dtypes.items()}
-        loading = {"dtype": dtypes, "use_external_data_format": external}
+        written = write_graphs(graphs, job.spec, job.source, job.recipe, progress, shard_bytes)
+        used = written.used
+        loading = {
+            "dtype": graph_dtypes(job.spec, job.recipe),
+            "use_external_data_format": written.data_files,
+        }
         write_config(job, stage, {"transformers.js_config": loading})
         manifest = describe(
             job,

@@ -2,9 +2,10 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from export.onnx_ops import DataFile, OnnxOps, stored_index
+from export.onnx_ops import SHARD_BYTES, DataFile, OnnxOps, stored_index
 from export.smolvlm import EMBED, HEAD, TEXT, VISION, decoder, vision_tower
 from export.spec import CheckpointError, ModelSpec
 from export.weights import WeightSource
@@ -43,27 +44,42 @@ def _build(graph: str, ops: OnnxOps, spec: ModelSpec) -> None:
             ops.output(logits, "logits", ["batch_size", "logits_length", spec.text.vocab])
 
 
+@dataclass(frozen=True)
+class Written:
+    """How each matrix was stored, and how many data files each graph has, by its file's name."""
+
+    used: dict[str, Scheme]
+    data_files: dict[str, int]
+
+
 def write_graphs(
-    folder: Path, spec: ModelSpec, weights: WeightSource, recipe: Recipe, progress: Callable[[str], None]
-) -> dict[str, Scheme]:
-    """Quantizes and writes the graphs and their external data into `folder`; returns how each matrix is stored."""
+    folder: Path,
+    spec: ModelSpec,
+    weights: WeightSource,
+    recipe: Recipe,
+    progress: Callable[[str], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> Written:
+    """Quantizes and writes the graphs and their external data into `folder`, files smaller than `shard_bytes`."""
     if spec.text.head_dim % 16:
         raise CheckpointError(
             f"config.json: text head width is {spec.text.head_dim}, ONNX Runtime wants a multiple of 16"
         )
     used: dict[str, Scheme] = {}
+    data_files = {}
     for graph, dtype in graph_dtypes(spec, recipe).items():
         path = folder / graph_file(graph, dtype)
         progress(f"writing {path.name}")
-        data = DataFile(path.with_name(path.name + "_data"))
+        data = DataFile(path.with_name(path.name + "_data"), shard_bytes=shard_bytes)
         try:
-            ops = OnnxOps(graph, data.path.name, weights, recipe, data=data)
+            ops = OnnxOps(graph, weights, recipe, data=data)
             _build(graph, ops, spec)
             ops.finish(path)
         finally:
             data.close()
         used |= ops.used
-    return used
+        data_files[path.name] = len(data.files)
+    return Written(used, data_files)
 
 
 def check_graphs(folder: Path, spec: ModelSpec, weights: WeightSource, recipe: Recipe) -> list[str]:
@@ -71,13 +87,13 @@ def check_graphs(folder: Path, spec: ModelSpec, weights: WeightSource, recipe: R
     different = []
     for graph, dtype in graph_dtypes(spec, recipe).items():
         path = folder / graph_file(graph, dtype)
-        data = DataFile(path.with_name(path.name + "_data"), check=True)
+        data = DataFile(path.with_name(path.name + "_data"), written=stored_index(path))
         try:
-            ops = OnnxOps(graph, data.path.name, weights, recipe, data=data)
+            ops = OnnxOps(graph, weights, recipe, data=data)
             _build(graph, ops, spec)
         finally:
             data.close()
-        different += [f"{data.path.name}: tensor {name}" for name in data.different]
+        different += [f"{data.index[name].file}: tensor {name}" for name in data.different]
         with tempfile.TemporaryDirectory() as scratch:
             again = Path(scratch) / path.name
             ops.finish(again)
@@ -89,7 +105,7 @@ def check_graphs(folder: Path, spec: ModelSpec, weights: WeightSource, recipe: R
 def twin_graph(graph: str, folder: Path, spec: ModelSpec, weights: WeightSource, recipe: Recipe) -> bytes:
     """The fp32-compute twin of a written graph, as model bytes that refer to the data in `folder`."""
     path = folder / graph_file(graph, graph_dtypes(spec, recipe)[graph])
-    ops = OnnxOps(graph, path.name + "_data", weights, recipe, index=stored_index(path))
+    ops = OnnxOps(graph, weights, recipe, index=stored_index(path))
     _build(graph, ops, spec)
     with tempfile.TemporaryDirectory() as scratch:
         twin = Path(scratch) / "twin.onnx"

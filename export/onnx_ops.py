@@ -5,6 +5,7 @@ ContribOperators.md). A *twin* is the same graph over the same bytes with fp32 c
 dequantized, then multiplied.
 """
 
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ MS = "com.microsoft"
 LEAST_ENGINE = "1.23"  # 8-bit GatherBlockQuantized
 PAGE = 1 << 16  # large tensors start on this boundary, so that every system can map them
 LARGE = 1 << 20
+SHARD_BYTES = 2_000_000_000  # a data file stays below: what browsers, file systems and 32-bit offsets can take
 Array = npt.NDArray[np.generic]
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -39,7 +41,9 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies in the external data file."""
+    """Where a tensor lies in the external data."""
+
+    file: str  # beside the graph
 
     dtype: ir.DataType
     shape: tuple[int, ...]
@@ -48,18 +52,25 @@ class Stored:
 
 
 class DataFile:
-    """External data: tensors one after the other, large ones on page boundaries.
+    """External data: tensors one after the other, large ones on page boundaries; a full file is followed by another.
+
+    The files are `path`, then `path` with `_1`, `_2`, ... behind it, as transformers.js counts them.
 
     Args:
-        path: the file; made, and an existing one is an error.
-        check: read an existing file instead, and compare what would be written with what is there.
+        path: the first file; made, as all of them, and an existing one is an error.
+        shard_bytes: every file is smaller.
+        written: read existing files instead, and compare what would be written with what is there; the index of
+            their graph, which says where a file ended and the next one began.
     """
 
-    def __init__(self, path: Path, *, check: bool = False) -> None:
-        self.path, self._check = path, check
+    def __init__(
+        self, path: Path, *, shard_bytes: int = SHARD_BYTES, written: Mapping[str, Stored] | None = None
+    ) -> None:
+        self.path, self._limit, self._written = path, shard_bytes, written
         self.index: dict[str, Stored] = {}
-        self.different: list[str] = []  # with `check`: tensors that are not what they should be
-        self._file: BinaryIO = path.open("rb" if check else "xb")
+        self.different: list[str] = []  # with `written`: tensors that are not what they should be
+        self.files: list[str] = []
+        self._file = self._open()
 
     def write(self, name: str, array: Array) -> None:
         if name in self.index:
@@ -69,17 +80,40 @@ class DataFile:
             array = array.byteswap()
         align = PAGE if array.nbytes >= LARGE else 64
         offset = -(-self._file.tell() // align) * align
+        if self._written is None and array.nbytes >= self._limit:
+            raise CheckpointError(f"{name} takes {array.nbytes:,} bytes, and a data file has less than {self._limit:,}")
+        if self._is_for_the_next(name, offset + array.nbytes):
+            self._file.close()
+            self._file, offset = self._open(), 0
         self._file.seek(offset)
         content = array.reshape(-1).view(np.uint8).data
-        if not self._check:
+        if self._written is None:
             self._file.write(content)
         elif self._file.read(array.nbytes) != content:
             self.different.append(name)
         self._file.seek(offset + array.nbytes)
-        self.index[name] = Stored(DTYPES[array.dtype.name], array.shape, offset, array.nbytes)
+        self.index[name] = Stored(self.files[-1], DTYPES[array.dtype.name], array.shape, offset, array.nbytes)
+
+    def _is_for_the_next(self, name: str, end: int) -> bool:
+        """Whether a tensor that would end at `end` is the first of another file."""
+        if self._written is not None:
+            return name in self._written and self._written[name].file == data_name(self.path.name, len(self.files))
+        return end >= self._limit
+
+    def _open(self) -> BinaryIO:
+        path = self.path.with_name(data_name(self.path.name, len(self.files)))
+        self.files.append(path.name)
+        if self._written is None:
+            return path.open("xb")
+        return path.open("rb") if path.is_file() else io.BytesIO()  # every tensor of a missing file is different
 
     def close(self) -> None:
         self._file.close()
+
+
+def data_name(first: str, number: int) -> str:
+    """The name of a graph's data file `number`, from 0; `first` is that of the first."""
+    return f"{first}_{number}" if number else first
 
 
 def stored_index(graph: Path) -> dict[str, Stored]:
@@ -89,7 +123,7 @@ def stored_index(graph: Path) -> dict[str, Stored]:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             shape = tuple(int(d) for d in tensor.shape.numpy())
-            index[name] = Stored(tensor.dtype, shape, tensor.offset or 0, tensor.length or 0)
+            index[name] = Stored(str(tensor.location), tensor.dtype, shape, tensor.offset or 0, tensor.length or 0)
     return index
 
 
@@ -97,7 +131,6 @@ class OnnxOps:
     """Builds one graph; `finish` saves it.
 
     Args:
-        data_name: file name of the external data, beside the graph.
         weights, recipe: where tensors come from and in which format they are stored.
         data: written as the graph is built; None for a twin.
         index: for a twin, the tensors already written (from `stored_index`).
@@ -106,7 +139,6 @@ class OnnxOps:
     def __init__(
         self,
         name: str,
-        data_name: str,
         weights: WeightSource,
         recipe: Recipe,
         *,
@@ -115,7 +147,7 @@ class OnnxOps:
     ) -> None:
         if (data is None) == (index is None):
             raise ValueError("give a data file to write, or the index of one that is written")
-        self.name, self.data_name, self.weights, self.recipe = name, data_name, weights, recipe
+        self.name, self.weights, self.recipe = name, weights, recipe
         self._data, self._index, self.twin = data, index, index is not None
         self._root: list[ir.Node] = []
         self.nodes = self._root
@@ -176,11 +208,9 @@ class OnnxOps:
             assert index is not None
             for name in names:
                 if name not in index:
-                    raise ValueError(f"{self.data_name}: holds no tensor {name}")
+                    raise ValueError(f"{self.name}: its data holds no tensor {name}")
                 s = index[name]
-                tensor = ir.ExternalTensor(
-                    self.data_name, s.offset, s.length, s.dtype, shape=ir.Shape(s.shape), name=name
-                )
+                tensor = ir.ExternalTensor(s.file, s.offset, s.length, s.dtype, shape=ir.Shape(s.shape), name=name)
                 self._initializers[name] = ir.val(name, dtype=s.dtype, shape=s.shape, const_value=tensor)
         return [self._initializers[name] for name in names]
 

@@ -5,8 +5,8 @@
     write_manifest  lists what lies in the staged folder
     replace_manifest  the one later change: a pending proof becomes a passed one, evidence is added
 
-Does not cover: authenticity. Whoever can change a file and the manifest can change a bundle; compare
-`payload_digest` with one from a source you trust. Nor a change after the check: read, then use.
+Does not cover: authenticity, which is what a signature is for (`runtimes.keys`, checked by `runtimes.pull`): whoever
+can change a file and the manifest can change a bundle. Nor a change after the check: read, then use.
 """
 
 import errno
@@ -25,6 +25,7 @@ from pathlib import Path
 from runtimes.manifest import (
     HALF_MANIFEST,
     MANIFEST,
+    SIGNATURE,
     BundleError,
     FileEntry,
     Json,
@@ -54,6 +55,10 @@ class Bundle:
             raise BundleError(f"{self.folder / MANIFEST}: does not list {name}, which is needed")
         return self.folder / name
 
+    def has_evidence(self) -> bool:
+        """Whether the files that prove it are there too; False where only the payload was pulled."""
+        return all((self.folder / e.path).is_file() for e in self.manifest.files if e.role == "evidence")
+
     def json(self, name: str) -> Json:
         """The content of the JSON file `name`. Raises BundleError if it is not listed or not an object."""
         return load_json(self.path(name))
@@ -64,6 +69,8 @@ class Bundle:
 
 def read_bundle(folder: Path, *, allow_pending: bool = False, check_digests: bool = True) -> Bundle:
     """Reads a bundle and checks every file in it.
+
+    Its evidence may be left out, all of it or none: what runs a bundle does not need it.
 
     Args:
         folder: the bundle.
@@ -83,12 +90,14 @@ def read_bundle(folder: Path, *, allow_pending: bool = False, check_digests: boo
         raise BundleError(f"{folder}: proof is pending: {missing}")
     listed = {entry.path: entry for entry in manifest.files}
     found = dict(_files(folder))
+    if not any(listed[path].role == "evidence" for path in listed.keys() & found.keys()):
+        listed = {path: entry for path, entry in listed.items() if entry.role == "payload"}
     for path in sorted(listed.keys() - found.keys()):
         raise BundleError(f"{folder / path}: missing, but listed in {MANIFEST}")
     for path in sorted(found.keys() - listed.keys()):
-        if path != MANIFEST and not (pending and _leftover(path)):
+        if path not in (MANIFEST, SIGNATURE) and not (pending and _leftover(path)):
             raise BundleError(f"{folder / path}: extra, not listed in {MANIFEST}")
-    for entry in manifest.files:
+    for entry in listed.values():
         _check_file(folder, entry, found[entry.path], check_digests)
     return Bundle(folder, manifest)
 
@@ -130,11 +139,12 @@ def _check_file(folder: Path, entry: FileEntry, size: int, digest: bool) -> None
     if size != entry.size:
         what = "truncated" if size < entry.size else "too long"
         raise BundleError(f"{path}: {what}: {size:,} bytes, {MANIFEST} says {entry.size:,}")
-    if digest and (found := _sha256(path)) != entry.sha256:
+    if digest and (found := file_digest(path)) != entry.sha256:
         raise BundleError(f"{path}: content has changed: SHA-256 {found}, {MANIFEST} says {entry.sha256}")
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex. Raises BundleError naming it."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -158,23 +168,23 @@ def stage_bundle(out: Path) -> Iterator[Path]:
             cannot be written, or the disk is full.
     """
     out = out.absolute()
-    with _clear_errors(out):
+    with clear_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(out)
-        _refuse_existing(out)
+        refuse_existing(out)
         stage, lock = _make_stage(out)
     try:
-        with _clear_errors(out, disk_only=True):
+        with clear_errors(out, disk_only=True):
             yield stage
-        with _clear_errors(out):
-            _sync_tree(stage)
-            _refuse_existing(out)
+        with clear_errors(out):
+            sync_tree(stage)
+            refuse_existing(out)
             try:
                 stage.rename(out)  # a folder that appeared meanwhile and is not empty makes it fail
             except OSError as exc:
-                _refuse_existing(out, exc)
+                refuse_existing(out, exc)
                 raise
-            _sync(out.parent)
+            sync(out.parent)
     finally:
         if stage.exists():
             shutil.rmtree(stage, ignore_errors=True)
@@ -194,7 +204,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     Raises:
         BundleError: if the result is one that `read_bundle` would refuse.
     """
-    entries = tuple(_entry(folder, path, size) for path, size in _files(folder) if path != MANIFEST)
+    entries = tuple(_entry(folder, path, size) for path, size in _files(folder) if path not in (MANIFEST, SIGNATURE))
     entries = tuple(sorted(entries, key=lambda e: e.path))
     manifest = replace(manifest, files=entries, payload_digest=payload_digest(entries))
     text = _dump(asdict(manifest))
@@ -223,6 +233,8 @@ def replace_manifest(bundle: Bundle, proof: Proof, evidence: Path | None = None)
     manifest = read_manifest(folder)
     if manifest.proof.state != "pending" or manifest != bundle.manifest:
         raise BundleError(f"{folder / MANIFEST}: was replaced meanwhile, or its proof is not pending")
+    if (folder / SIGNATURE).exists():
+        raise BundleError(f"{folder / SIGNATURE}: is of a pending bundle, and a proof changes what it signs: remove it")
     added = dict(_files(evidence)) if evidence else {}
     listed = {entry.path for entry in manifest.files}
     for path in added:
@@ -237,7 +249,7 @@ def replace_manifest(bundle: Bundle, proof: Proof, evidence: Path | None = None)
     read_bundle(folder, allow_pending=True)
     copied: list[Path] = []
     try:
-        with _clear_errors(folder):
+        with clear_errors(folder):
             for path in added:
                 assert evidence is not None
                 copied.append(folder / path)
@@ -250,10 +262,10 @@ def replace_manifest(bundle: Bundle, proof: Proof, evidence: Path | None = None)
             parse_manifest(content, str(folder / MANIFEST))
             copied.append(folder / HALF_MANIFEST)
             copied[-1].write_text(_dump(content), encoding="utf-8")
-            _sync_tree(folder)
+            sync_tree(folder)
             copied[-1].replace(folder / MANIFEST)
             copied.clear()
-            _sync(folder)
+            sync(folder)
     finally:
         for leftover in copied:
             leftover.unlink(missing_ok=True)
@@ -265,16 +277,17 @@ def _dump(content: Json) -> str:
 
 
 def _entry(folder: Path, path: str, size: int) -> FileEntry:
-    return FileEntry(path, size, _sha256(folder / path), role_of(path))
+    return FileEntry(path, size, file_digest(folder / path), role_of(path))
 
 
-def _refuse_existing(out: Path, cause: OSError | None = None) -> None:
+def refuse_existing(out: Path, cause: OSError | None = None) -> None:
+    """Raises BundleError if anything is at `out`."""
     if os.path.lexists(out):
         raise BundleError(f"{out}: exists already, and a bundle is never overwritten") from cause
 
 
 @contextmanager
-def _clear_errors(out: Path, disk_only: bool = False) -> Iterator[None]:
+def clear_errors(out: Path, disk_only: bool = False) -> Iterator[None]:
     """Turns the system's errors into a BundleError about `out`; `disk_only`: a full disk alone."""
     try:
         yield
@@ -328,7 +341,8 @@ def _remove_dead(out: Path) -> None:
             os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -336,8 +350,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Flushes a folder and all in it to the disk."""
     for base, _, names in os.walk(folder):
         for name in names:
-            _sync(Path(base) / name)
-        _sync(Path(base))
+            sync(Path(base) / name)
+        sync(Path(base))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any, Union, get_args, get_origin
 SCHEMA = 3  # the manifests that this module writes
 LEAST_READER = 1  # the oldest reader that understands them: what came later (ADDED) may be ignored
 MANIFEST = "manifest.json"
+SIGNATURE = (
+    "manifest.json.sig"  # beside it where the bundle is signed (runtimes/keys.py); the manifest does not list it
+)
 HALF_MANIFEST = ".manifest.json.partial"  # the next manifest of a bundle, until it replaces the present one
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -187,6 +191,17 @@ def load_json(path: Path) -> Json:
     Raises:
         BundleError: naming the file.
     """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise BundleError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes")
+        text = path.read_bytes()
+    except OSError as exc:
+        raise BundleError(f"{path}: cannot be read as JSON: {exc}") from exc
+    return parse_json(text, str(path))
+
+
+def parse_json(text: bytes, where: str) -> Json:
+    """The object that JSON bytes hold; as `load_json`. `where` names them in errors."""
 
     def unique(pairs: list[tuple[str, Any]]) -> Json:
         content = dict(pairs)
@@ -198,15 +213,11 @@ def load_json(path: Path) -> Json:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise BundleError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes")
-        content = json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=constant)
-    except BundleError:
-        raise
-    except (OSError, ValueError, RecursionError) as exc:
-        raise BundleError(f"{path}: cannot be read as JSON: {exc}") from exc
+        content = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as exc:
+        raise BundleError(f"{where}: cannot be read as JSON: {exc}") from exc
     if not isinstance(content, dict):
-        raise BundleError(f"{path}: holds {_kind(content)}, want an object")
+        raise BundleError(f"{where}: holds {_kind(content)}, want an object")
     return content
 
 
@@ -274,20 +285,32 @@ def _check(manifest: Manifest, where: str) -> None:
     seen: set[str] = set()
     for entry in manifest.files:
         want(_safe(entry.path), "a file's path", entry.path, "a relative path below the bundle, with forward slashes")
-        want(entry.path.casefold() not in seen, "a file's path", entry.path, "each file listed once")
+        want(_key(entry.path) not in seen, "a file's path", entry.path, "each file listed once")
         want(entry.size >= 0, f"the size of {entry.path}", entry.size, "0 or more")
         hexadecimal = re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None
         want(hexadecimal, f"sha256 of {entry.path}", entry.sha256, "64 hex digits")
         want(entry.role in ("payload", "evidence"), f"the role of {entry.path}", entry.role, "payload or evidence")
-        seen.add(entry.path.casefold())
+        seen.add(_key(entry.path))
+    folders: dict[str, str] = {}  # as file systems that ignore case see them -> as they are spelled
+    for entry in manifest.files:
+        for end in (i for i, character in enumerate(entry.path) if character == "/"):
+            folder = entry.path[:end]
+            want(_key(folder) not in seen, "a file's path", folder, f"a folder, as {entry.path} has it, or a file")
+            spelled = folders.setdefault(_key(folder), folder)
+            want(spelled == folder, "a file's path", entry.path, f"the folder spelled {spelled}, as elsewhere")
     if manifest.proof.report is not None:
-        listed = manifest.proof.report.casefold() in seen
+        listed = _key(manifest.proof.report) in seen
         want(listed, "proof.report", manifest.proof.report, "a file that the manifest lists")
     digest = payload_digest(manifest.files)
     want(manifest.payload_digest == digest, "payload_digest", manifest.payload_digest, f"{digest} by the files listed")
 
 
+def _key(path: str) -> str:
+    """Equal for names that some file system takes for one: case, and composed or decomposed letters."""
+    return unicodedata.normalize("NFC", path).casefold()
+
+
 def _safe(path: str) -> bool:
     parts = path.split("/")
-    plain = path.isprintable() and not set(path) & set("\\:") and path.casefold() not in (MANIFEST, HALF_MANIFEST)
+    plain = path.isprintable() and not set(path) & set("\\:") and _key(path) not in (MANIFEST, HALF_MANIFEST, SIGNATURE)
     return plain and all(part not in ("", ".", "..") for part in parts)

@@ -15,6 +15,7 @@ What is resident, found by comparing the kernel's counts (VmRSS by kind, VmHWM) 
 Not covered: Core ML, and what the app around it takes (`base` is this package in Python).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -83,7 +84,7 @@ def predict(
     kv_token = 8 * kv.layers * kv.kv_heads * kv.head_dim
 
     def data(graph: str) -> int:
-        return sum(size for path, size in files.items() if path.startswith(f"onnx/{graph}") and path.endswith("_data"))
+        return data_bytes(files, graph)
 
     shapes = matrix_shapes(manifest, config)
     scales = {True: 0, False: 0}  # in the tower, and in the decoder
@@ -125,6 +126,12 @@ def predict(
     if again and tiles >= RELEASE_TILES:
         image = max(image, base + decoder + 2 * tower + pixels + work(max(tokens, most_tokens)))
     return Footprint(int(load), int(image), int(both))
+
+
+def data_bytes(files: Mapping[str, int], graph: str) -> int:
+    """Bytes of a graph's external data, in however many files; `files`: sizes by path in the bundle."""
+    name = re.compile(rf"onnx/{re.escape(graph)}(_[a-z0-9]+)?\.onnx_data(_[0-9]+)?")
+    return sum(size for path, size in files.items() if name.fullmatch(path))
 
 
 def matrix_shapes(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

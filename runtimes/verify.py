@@ -250,6 +250,8 @@ def bundle_limits(bundle: Bundle) -> Mapping[str, float]:
 
 def verify(bundle: Bundle) -> Parity:
     """Replays the bundle's golden cases with the engine of its target on this machine and judges them."""
+    if not bundle.has_evidence():
+        raise BundleError(f"{bundle.folder}: its evidence was left out, golden cases among it: pull it without --only")
     runner = open_runner(bundle)
     encoder = PromptEncoder.from_folder(bundle.folder)
     settings = read_settings(bundle.folder / "preprocessor_config.json")

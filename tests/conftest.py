@@ -1,11 +1,13 @@
 """What many tests stand on: a tiny random checkpoint and its bundle, the carried checkpoint and its bundle."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from benchmarks.export_cost import RANDOM
+from runtimes.native.build import Built
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,13 +19,19 @@ settings.load_profile("shared machine")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-size", action="store_true", help="run the tests on checkpoints of a published size too")
+    parser.addoption("--devices", action="store_true", help="run the tests on fake devices and under emulation too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--full-size"):
-        for item in items:
-            if "full_size" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="minutes and gigabytes: make test-full-size"))
+    apart = {
+        "full_size": ("--full-size", "minutes and gigabytes: make test-full-size"),
+        "device": ("--devices", "a fake device or an emulator: make test-devices"),
+    }
+    for marker, (option, reason) in apart.items():
+        if not config.getoption(option):
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +109,20 @@ def demo_ios_bundle(demo_checkpoint: Path, calibration: Path, demo_bundle: Path)
         calibration=calibration,
         work=calibration.parent / "work",
     ).bundle
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The runner for this machine."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler on this machine")
+    from runtimes.native.build import build
+    from runtimes.native.packages import BuildError
+
+    try:
+        return build(out=tmp_path_factory.mktemp("native"))
+    except BuildError as exc:
+        pytest.skip(f"the native runner cannot be built here: {exc}")
 
 
 # Random weights amplify quantization noise as no trained model does: the tiny bundles use the shipped int4

@@ -68,7 +68,8 @@ def predicted(bundle: Bundle, **asked: Any) -> Footprint:
     return predict(bundle.manifest, bundle.json("config.json"), files, **asked)
 
 
-@pytest.mark.parametrize(("tiles", "prompt", "cached"), [(0, 64, 64), (1, 256, 1600), (5, 32, 16)])
+# Tokens enough that the cache decides: at load two threads race, and where they do not meet the peak is less.
+@pytest.mark.parametrize(("tiles", "prompt", "cached"), [(0, 64, 64), (1, 256, 1600), (5, 256, 2400)])
 def test_the_measured_peak_is_within_ten_percent(large: Path, tiles: int, prompt: int, cached: int) -> None:
     profile = find_profile("x86-laptop")
     job = Job(str(large), tiles, prompt, cached, decode_tokens=2, threads=1, warmup=0, repeats=1, allow_pending=True)

@@ -38,8 +38,12 @@ PACKAGES: dict[str, set[str]] = {
     "router_client": {"PIL", "httpx2"},
 }
 
-# for one file alone: an engine that only some systems have, imported where it is used
-FILE_PACKAGES = {"runtimes/coreml.py": {"coremltools"}}
+# for one file alone: what only some systems or uses have, imported where it is used
+FILE_PACKAGES = {
+    "runtimes/coreml.py": {"coremltools"},
+    "runtimes/keys.py": {"nacl"},
+    "runtimes/publish.py": {"huggingface_hub"},
+}
 
 # Names of what is made on a machine and is no part of the project, as patterns.
 BUILT = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split())]
@@ -315,11 +319,20 @@ def test_make_measures_compares_and_reports_in_one_folder(echo: Path, tmp_path: 
     )  # nothing to compare with
 
 
-@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality", "search"])
+def test_make_hands_over_a_device_and_what_runs_on_it(echo: Path) -> None:
+    done = make("run-device", "BUNDLE=b b", "DEVICE=adb:0A $x", python=echo)
+    assert json.loads(done.stdout) == ["-m", "device_harness.run", "--device=adb:0A $x", "--", "b b"]
+    given = ["PROFILE=p", "RUNNER=r r", "EMULATOR=qemu -L 'a b'", "OUT=o"]
+    done = make("run-device", "BUNDLE=b", "DEVICE=local", *given, python=echo)
+    want = ["--device=local", "--profile=p", "--runner=r r", "--emulator=qemu -L 'a b'", "--out=o", "--", "b"]
+    assert json.loads(done.stdout) == ["-m", "device_harness.run", *want]
+
+
+@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality", "search", "run-device"])
 def test_make_says_what_is_missing(action: str, echo: Path) -> None:
     done = make(action, python=echo)
     assert done.returncode != 0
-    assert re.search(r"\b(MODEL|BUNDLE|IMAGE|DATA): is missing", done.stderr)
+    assert re.search(r"\b(MODEL|BUNDLE|IMAGE|DATA|DEVICE): is missing", done.stderr)
 
 
 def test_make_lists_every_action(echo: Path) -> None:

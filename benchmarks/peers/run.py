@@ -30,7 +30,8 @@ from benchmarks.peers.environments import (
     run,
 )
 from benchmarks.peers.phases import FIRST_TOKEN, VISION, Job, text_phase
-from benchmarks.run import commit, environment
+from benchmarks.run import environment
+from device_harness.record import commit
 from runtimes.bundle import read_bundle
 from runtimes.manifest import BundleError
 

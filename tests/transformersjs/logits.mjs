@@ -32,7 +32,7 @@ const folder = path.resolve(bundle);
 env.allowRemoteModels = false;
 env.localModelPath = path.dirname(folder) + path.sep;
 
-// onnxruntime-web reads no external data from a path, so a graph is handed over with the file beside it.
+// onnxruntime-web reads no external data from a path, so a graph is handed over with the files beside it.
 async function installWasm() {
   const web = await import("onnxruntime-web");
   web.env.wasm.numThreads = 1;
@@ -40,8 +40,9 @@ async function installWasm() {
   const create = (model, given) => {
     const options = { ...given, executionProviders: ["wasm"] };
     if (typeof model !== "string") return web.InferenceSession.create(model, options); // the library's own small graphs
-    const data = `${model}_data`;
-    if (fs.existsSync(data)) options.externalData = [{ path: path.basename(data), data: fs.readFileSync(data) }];
+    options.externalData = [];
+    for (let count = 0, data = `${model}_data`; fs.existsSync(data); data = `${model}_data_${++count}`)
+      options.externalData.push({ path: path.basename(data), data: fs.readFileSync(data) });
     return web.InferenceSession.create(fs.readFileSync(model), options);
   };
   globalThis[Symbol.for("onnxruntime")] = { env: web.env, Tensor: web.Tensor, InferenceSession: { create } };
