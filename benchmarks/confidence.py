@@ -3,9 +3,10 @@
     python -m benchmarks.confidence BUNDLE [--data CALIBRATION --test-data TEST] [--out FOLDER]
 
 A bundle answers documents of the calibration split; a ridge logistic regression is fitted on its tokens' log-
-probabilities (the features of router_client/confidence.py), and judged on the test split: calibration, risk by coverage,
-and how many of the wrong answers an escalation budget of 10, 20 and 30 % catches. Without --data the documents are the
-project's synthetic ones, made hard by blur, small print and noise; else data sets as benchmarks.quality reads them.
+probabilities (the features of router_client/confidence.py), and judged on the test split: calibration, risk by
+coverage, and how many of the wrong answers an escalation budget of 10, 20 and 30 % catches. Without --data the
+documents are the project's synthetic ones, made hard by blur, small print and noise; else data sets as
+benchmarks.quality reads them.
 
 What was learnt is written beside the bundle as BUNDLE.confidence.json, if it beats random escalation at every budget by
 a 95 % interval that excludes zero. Every answer is kept in --out at once: a run that was killed goes on where it was.
