@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
 from benchmarks.confidence_report import report_text
 from benchmarks.datasets import read_dataset
@@ -170,10 +171,11 @@ def confidence(
     manifest = bundle.manifest
     digests = (manifest.payload_digest, template_digest(leg.loaded()))
     named = {"model": manifest.model.name, "target": manifest.target, "recipe": manifest.recipe.name}
+    engine = engine_name(bundle) + (f" {onnxruntime.__version__}" if manifest.target == "onnx" else "")
     identity = named | {
         "payload_digest": digests[0],
         "template_digest": digests[1],
-        "engine": engine_name(bundle),
+        "engine": engine,
         "max_tokens": max_tokens,
     }
     rows = [judged(leg, identity, sources, out, max_tokens, progress) for sources in (calibration, test)]
@@ -193,7 +195,7 @@ def confidence(
         "schema": SCHEMA,
         "bundle": named | {"payload_digest": digests[0]},
         "template_digest": digests[1],
-        "engine": identity["engine"],
+        "engine": engine,
         "max_tokens": max_tokens,
         "data": {split: _counts(found) for split, found in zip(SPLITS, rows, strict=True)},
         "fit": fit | {"bias": content["bias"], "features": content["features"]},

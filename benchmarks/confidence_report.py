@@ -22,6 +22,7 @@ def report_text(report: dict[str, Any]) -> str:
         kinds = ", ".join(f"{cell(kind)} {one['wrong'] / one['answers']:.1%}" for kind, one in row["by_kind"].items())
         rate = f"{row['wrong'] / row['answers']:.1%} ({low:.1%} to {high:.1%})"
         lines.append(f"| {split} | {row['answers']:,} | {rate} | {row['hard_signals']} | {kinds} |")
+    chance = test["ece_of_a_perfect_model"]
     left_out = ", ".join(f"{name} {value:.3f}" for name, value in fit["left_out"].items())
     lines += [
         "",
@@ -29,7 +30,7 @@ def report_text(report: dict[str, Any]) -> str:
         "",
         "On the test split:",
         "",
-        f"- calibration error (ECE, 10 bins) {_value(test['ece'], 3)}",
+        f"- calibration error (ECE, 10 bins) {_value(test['ece'], 3)}; a perfect model's by chance: {chance:.3f}",
         f"- Brier {_value(test['brier'], 3)} (the rate alone: {test['brier_of_the_rate_alone']:.3f})",
         f"- log loss {_value(test['log_loss'], 3)}",
         f"- AUROC {_value(test['auroc'], 3)}, area under the risk-coverage curve {_value(test['risk_area'], 4)}",

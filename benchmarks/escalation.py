@@ -19,6 +19,7 @@ ORACLES = (1.0, 0.9)  # how often whoever is asked next is right: assumed, not m
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 BINS = 10
 RESAMPLES = 2000
+PERFECT = 200  # draws of what would be wrong if the probabilities were right
 
 
 def evaluate(
@@ -64,12 +65,17 @@ def evaluate(
         "answers": len(wrong),
         "wrong": int(wrong.sum()),
         **{name: found[name] for name in ("wrong_rate", "ece", "brier", "log_loss", "auroc", "risk_area")},
+        "ece_of_a_perfect_model": float(np.mean([ece(p_wrong, _as_said(p_wrong, random)) for _ in range(PERFECT)])),
         "brier_of_the_rate_alone": rate * (1 - rate),
         "reliability": reliability(p_wrong, wrong),
         "risk_coverage": [{"coverage": c} | found[f"risk {c}"] for c in COVERAGES],
         "budgets": budgets,
         "passed": all(row["beyond_random"]["interval_95"][0] > 0 for row in budgets),
     }
+
+
+def _as_said(p_wrong: Numbers, random: np.random.Generator) -> Numbers:
+    return (random.random(len(p_wrong)) < p_wrong).astype(np.float64)
 
 
 def _figures(p_wrong: Numbers, wrong: Numbers) -> dict[str, float]:
@@ -135,7 +141,7 @@ def ece(p_wrong: Numbers, wrong: Numbers) -> float:
     """Expected calibration error: the mean over the bins, by their answers, of |said - wrong|.
 
     M. P. Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015, with bins of
-    equally many answers. By chance a perfect model has more than 0 of it.
+    equally many answers. By chance a perfect model has more than 0 of it: `ece_of_a_perfect_model`.
     """
     return sum(row["answers"] * abs(row["said"] - row["wrong"]) for row in reliability(p_wrong, wrong)) / len(wrong)
 
