@@ -41,7 +41,7 @@ from router_client.confidence import FEATURES, SCHEMA, features, load
 from router_client.local import ContextTooLongError, Token
 from runtimes.bundle import Bundle, read_bundle
 from runtimes.chat import open_chat
-from runtimes.local_leg import LocalLeg, template_digest
+from runtimes.local_leg import LocalLeg, confidence_file, template_digest
 from runtimes.manifest import BundleError
 from runtimes.preprocess import TILE_BUDGETS, ImageError
 from runtimes.runner import EngineError, InputError, engine_name
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    file = args.file or args.bundle.resolve().with_name(f"{args.bundle.resolve().name}.confidence.json")
+    file = args.file or confidence_file(args.bundle)
     try:
         bundle = read_bundle(args.bundle, allow_pending=args.allow_pending)
         if args.data is None:

@@ -5,6 +5,7 @@ the order to read it:
 
     policy.py     what the owner allows: modes, caps, privacy, backends; and the configuration file
     local.py      the two-method protocol of the local leg, and the signals that its answer is not good enough
+    confidence.py how probably a local answer is wrong, as fitted beforehand on the bundle that gave it
     offers.py     the catalogue, which offers are allowed, what this request costs with each
     ledger.py     money in integer nano-USD, and what must be remembered between processes, in one SQLite file
     breaker.py    when to leave an account, a model or an offer alone (pure functions)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from router_client.local import ContextTooLongError, Question, Token
 from runtimes.chat import Chat
@@ -113,6 +114,12 @@ def _cancelled_by(stop: threading.Event, chat: Chat) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
+
+
+def confidence_file(folder: Path) -> Path:
+    """Where what was learnt of a bundle's confidence lies: beside it, so that none of its digests changes."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.confidence.json")
 
 
 def template_digest(chat: Chat) -> str:

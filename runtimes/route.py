@@ -20,7 +20,7 @@ from router_client.receipt import Receipt
 from runtimes.bundle import Bundle, read_bundle
 from runtimes.chat import Chat, open_chat
 from runtimes.generate import GREEDY, Sampling
-from runtimes.local_leg import LocalLeg, template_digest
+from runtimes.local_leg import LocalLeg, confidence_file, template_digest
 
 # What else ask.py, which imports no router, needs of one.
 __all__ = [
@@ -35,12 +35,6 @@ __all__ = [
 ]
 
 Consent = Callable[[Plan], bool]
-
-
-def confidence_file(folder: Path) -> Path:
-    """Where `benchmarks.confidence` writes what it learnt of a bundle: beside it."""
-    folder = folder.resolve()
-    return folder.with_name(f"{folder.name}.confidence.json")
 
 
 def open_router(
