@@ -148,10 +148,11 @@ def receipt_text(receipt: Receipt) -> str:
     why = f" because of {receipt.reason}" if receipt.reason else ""
     tried = ", ".join(f"{a.offer} {a.outcome} {a.ms:.0f} ms" for a in receipt.attempts)
     if receipt.source == "cloud":
-        provider = receipt.provider_served or receipt.provider_asked or "its endpoint"
+        served = " at ".join(name for name in (receipt.model_served, receipt.provider_served) if name)
+        by = f"answered by {receipt.model_asked} (served: {served or 'not told'})"
         sent = receipt.egress.text_bytes + receipt.egress.image_bytes if receipt.egress else 0
         cost = f"${receipt.cost_nano_usd / 1e9:.6f}, {sent:,} bytes left the device"
-        return f"answered by {receipt.model_asked} at {provider}{why}{doubt}; {cost}; tried: {tried}"
+        return f"{by}{why}{doubt}; {cost}; tried: {tried}"
     by = "answered on this device" if receipt.source else "not answered"
     refused = f"; not asked further: {receipt.refused}" if receipt.refused else ""
     degraded = ", though another answer was wanted" if receipt.degraded else ""

@@ -140,7 +140,8 @@ def test_low_confidence_asks_further_and_says_who_answered_and_why(
     assert receipt["p_wrong"] == pytest.approx(0.8808, abs=1e-4)
     assert local_text not in out
     assert "to be sent (low_confidence)" in err
-    assert "answered by test/ok at alpha because of low_confidence, local answer wrong with probability 0.881" in err
+    assert "answered by test/ok:alpha (served: served-m at alpha) because of low_confidence, " in err
+    assert "local answer wrong with probability 0.881; $0.001107" in err
     assert SECRET not in out + err
     (chat,) = server.chats
     assert chat.model == "test/ok:alpha"
