@@ -15,7 +15,10 @@ allowance of the day that it shows.
 
 import json
 import math
+import os
+import random
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +34,7 @@ STALE_S = 600.0
 AHEAD_S = 40 * DAY_S
 CLOCK_FLOOR_S = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 MOST_NANO = 2**62  # SQLite's integers end a little above
-BUSY_S = 2.0
+BUSY_S = 10.0
 SPENT = "('reserved', 'settled', 'uncertain')"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entry (
@@ -79,35 +82,78 @@ class Entry:
     nano_usd: int
     reserved_nano_usd: int
     reason: str
+    consent: int
 
 
 class Ledger:
-    """A connection for each operation: threads and processes share nothing but the file."""
+    """One connection, which its threads take turns with; other processes have their own.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file; made when it is first needed.
+        busy_s: how long to wait for other processes before that is an error.
+    """
+
+    def __init__(self, path: Path, busy_s: float = BUSY_S) -> None:
         self.path = path
+        self._busy_s = busy_s
+        self._lock = threading.Lock()
+        self._open: tuple[int, sqlite3.Connection] | None = None
+
+    def close(self) -> None:
+        """Closes the file; it is opened again when it is next needed."""
+        with self._lock:
+            if self._open is not None and self._open[0] == os.getpid():
+                self._open[1].close()
+            self._open = None
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._open is None or self._open[0] != os.getpid():  # a connection must not cross a fork
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            made = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+            try:
+                self._patiently(made, "PRAGMA journal_mode = WAL")
+                made.execute("PRAGMA synchronous = FULL")  # a reservation survives a power cut
+            except BaseException:
+                made.close()
+                raise
+            self._open = os.getpid(), made
+        return self._open[1]
+
+    def _patiently(self, db: sqlite3.Connection, statement: str) -> None:
+        """Executes what needs a lock. SQLite's own way to wait lets one of many processes starve."""
+        limit = time.monotonic() + self._busy_s
+        while True:
+            try:
+                db.execute(statement)
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorcode & 0xFF not in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+                    raise
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(random.uniform(0.0005, 0.005))
+            else:
+                return
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         """A transaction that sees and keeps out all others; rolled back on any exception."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
-        except (OSError, sqlite3.Error) as exc:
-            raise LedgerError(f"{self.path}: cannot be opened: {exc}") from exc
-        try:
-            _use_wal(connection)
-            connection.execute("PRAGMA synchronous = FULL")  # a reservation survives a power cut
-            connection.execute("BEGIN IMMEDIATE")
-            if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'kept'").fetchone():
-                for statement in SCHEMA.split(";"):
-                    connection.execute(statement)
-            yield connection
-            connection.execute("COMMIT")
-        except sqlite3.Error as exc:
-            raise LedgerError(f"{self.path}: {exc}") from exc
-        finally:
-            connection.close()  # rolls back what was not committed
+        with self._lock:
+            try:
+                db = self._connection()
+                self._patiently(db, "BEGIN IMMEDIATE")
+            except (OSError, sqlite3.Error) as exc:
+                raise LedgerError(f"{self.path}: cannot be used: {exc}") from exc
+            try:
+                if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'kept'").fetchone():
+                    for statement in SCHEMA.split(";"):
+                        db.execute(statement)
+                yield db
+                db.execute("COMMIT")
+            except sqlite3.Error as exc:
+                raise LedgerError(f"{self.path}: {exc}") from exc
+            finally:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
 
     def reserve(
         self,
@@ -193,7 +239,7 @@ class Ledger:
 
     def entries(self, since: float = 0.0) -> list[Entry]:
         """All calls from a time on, the oldest first."""
-        columns = "id, request, offer, at, state, nano_usd, reserved_nano_usd, reason"
+        columns = "id, request, offer, at, state, nano_usd, reserved_nano_usd, reason, consent"
         with self._write() as db:
             rows = db.execute(f"SELECT {columns} FROM entry WHERE at >= ? ORDER BY id", (since,)).fetchall()  # noqa: S608 -- no value is in the text
         return [Entry(*row) for row in rows]
@@ -251,20 +297,6 @@ def nano(amount_usd: float, name: str) -> int:
 def usd(nano_usd: int) -> str:
     """For a person."""
     return f"${nano_usd / NANO:.6f}"
-
-
-def _use_wal(db: sqlite3.Connection) -> None:
-    """Turns a new file's write-ahead log on. SQLite does not wait for a lock here, so that two beginners must."""
-    limit = time.monotonic() + BUSY_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError:
-            if time.monotonic() > limit:
-                raise
-            time.sleep(0.005)
-        else:
-            return
 
 
 def _utc(now: float) -> datetime:
