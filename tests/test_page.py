@@ -26,7 +26,7 @@ from runtimes.verify import Case, Outputs, bundle_limits, compare, read_cases
 from runtimes.web.build import build_site
 from tests.browser import Chromium, open_chromium, serving
 
-pytestmark = [pytest.mark.browser, pytest.mark.node]
+pytestmark = [pytest.mark.client, pytest.mark.node]
 
 SAMPLES = Path(__file__).resolve().parent.parent / "demo" / "samples"
 SAMPLE = SAMPLES / "form.png"

@@ -353,7 +353,7 @@ def run_browser(
     return results
 
 
-@pytest.mark.browser
+@pytest.mark.client
 @pytest.mark.parametrize("isolated", [True, False])
 def test_a_published_bundle_computes_in_a_browser_what_python_computes(
     isolated: bool, chromium: Chromium, published: Path, workspace: Path, quick_bundle: Path, tmp_path: Path
@@ -377,7 +377,7 @@ def test_a_published_bundle_computes_in_a_browser_what_python_computes(
             assert worst <= limit, f"{case.name}: image features differ from {what}'s by {worst:.2g}"
 
 
-@pytest.mark.browser
+@pytest.mark.client
 def test_a_browser_needs_the_external_data_that_the_configuration_declares(
     chromium: Chromium, published: Path, tmp_path: Path
 ) -> None:
@@ -391,7 +391,7 @@ def test_a_browser_needs_the_external_data_that_the_configuration_declares(
         run_browser(chromium, copy, [], isolated=False)
 
 
-@pytest.mark.browser
+@pytest.mark.client
 def test_the_engine_that_transformersjs_takes_by_itself_cannot_look_up_our_embedding(
     chromium: Chromium, published: Path
 ) -> None:

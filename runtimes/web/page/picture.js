@@ -1,7 +1,7 @@
 // A picture -> tiles, equal bit for bit to runtimes/preprocess.py (and so to Hugging Face's Pillow processor).
 //
 // A canvas resizes as its browser likes, so the resizing is done here, in Pillow's arithmetic: filters evaluated in
-// double, weights rounded to 22 bits, rows first, every pass rounded to bytes. Only decoding the file is the browser's.
+// double, weights rounded to 22 bits, every pass rounded to bytes. Only decoding the file is the browser's.
 // Not covered: Pillow's "nearest", and images that are not resized before they are split.
 
 const MAX_EDGE = 4096; // the reference never resizes beyond this
@@ -172,8 +172,13 @@ export function normalize(tile, settings) {
 
 /** Resizes { data: bytes [H, W, 3], width, height } by one of Pillow's filters. */
 export function resize(image, width, height, resample) {
-  if (image.width !== width) image = pass(image, width, resample, true);
-  if (image.height !== height) image = pass(image, height, resample, false);
+  // Each pass rounds, so their order shows. Pillow 13 begins with the columns where that drops many more rows.
+  const rowsLost = image.height - height, columnsLost = image.width - width;
+  const order = rowsLost > 0 && rowsLost > 2 * columnsLost ? [false, true] : [true, false];
+  for (const horizontal of order) {
+    const size = horizontal ? width : height;
+    if ((horizontal ? image.width : image.height) !== size) image = pass(image, size, resample, horizontal);
+  }
   return image;
 }
 
