@@ -72,6 +72,8 @@ class Chromium:
         context = self.browser.new_context(**options)
         context.set_default_timeout(60_000)
         context.on("request", lambda request: self.requested.append(request.url))
+        # What the page's policy stops is announced as well, and not sent.
+        context.on("requestfailed", lambda r: self.requested.remove(r.url) if r.failure == "csp" else None)
         return context
 
 
@@ -96,11 +98,21 @@ def open_chromium() -> Iterator[Chromium]:
 
 
 class Watched(Server):
-    """A server that keeps the path of every request in `requests`."""
+    """A server that keeps the path of every request in `requests` and answers none to a path that `held` is found in.
+
+    Playwright's routes do not see what a service worker asks for; this does.
+    """
 
     def __init__(self, folder: Path, *, isolated: bool) -> None:
         self.requests: list[str] = []
-        super().__init__(folder, isolated=isolated, seen=self.requests.append)
+        self.held: str | None = None
+        self.released = threading.Event()
+        super().__init__(folder, isolated=isolated, seen=self._see)
+
+    def _see(self, path: str) -> None:
+        self.requests.append(path)
+        if self.held is not None and self.held in path:
+            self.released.wait(60)
 
 
 @contextmanager

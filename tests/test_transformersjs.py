@@ -281,7 +281,8 @@ async ({ id, engine, cases }) => {
   env.allowLocalModels = true;
   env.localModelPath = "/";
   env.useBrowserCache = env.useWasmCache = false;
-  env.backends.onnx.wasm.wasmPaths = { mjs: `${location.origin}/${engine}.mjs`, wasm: `${location.origin}/${engine}.wasm` };
+  const path = `${location.origin}/${engine}`;
+  env.backends.onnx.wasm.wasmPaths = { mjs: `${path}.mjs`, wasm: `${path}.wasm` };
   env.backends.onnx.wasm.numThreads = crossOriginIsolated ? 2 : 1;
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   for (const { pixels } of cases) if (pixels) pixels.values = new Float32Array(bytes(pixels.values).buffer);

@@ -9,6 +9,7 @@ engine comes from npm, at the versions and digests of package-lock.json here. No
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ ENGINE = {
     "@huggingface/transformers": ("dist/transformers.min.js", "LICENSE"),
     "onnxruntime-web": ("dist/ort-wasm-simd-threaded.mjs", "dist/ort-wasm-simd-threaded.wasm"),
 }
+# What a page loads of a bundle. Anything else could be a script or a page of its own on the site that serves it.
+PAYLOAD = re.compile(r"\w+\.json|onnx/\w+\.onnx(_data(_\d+)?)?", re.ASCII)
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}  # what every browser shows
 QUESTION = "What does this picture show?"
 # No answer from a registry is a missing need; anything else that npm says is a fault of the lock file.
@@ -94,6 +97,9 @@ def build_site(
     checked = read_bundle(bundle)
     if checked.manifest.target != "onnx":
         raise SiteError(f"{bundle / MANIFEST}: target is {checked.manifest.target}, a browser runs onnx")
+    payload = {entry.path: entry.sha256 for entry in checked.manifest.files if entry.role == "payload"}
+    if extra := next((path for path in payload if not PAYLOAD.fullmatch(path)), None):
+        raise SiteError(f"{bundle / MANIFEST}: lists {extra}, which a page has no use for")
     if not question.strip():
         raise SiteError("the example question is empty")
     packages = packages or install_packages()
@@ -107,12 +113,12 @@ def build_site(
         for package, files in ENGINE.items():
             for file in files:
                 shutil.copyfile(packages / package / file, stage / "vendor" / Path(file).name)
-        payload = [entry.path for entry in checked.manifest.files if entry.role == "payload"]
-        beside = [MANIFEST, *([SIGNATURE] if (bundle / SIGNATURE).is_file() else [])]
-        for name in (*payload, *beside):
+        for name in (*payload, MANIFEST, *([SIGNATURE] if (bundle / SIGNATURE).is_file() else [])):
             target = stage / "bundle" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle / name, target)
+            if name in payload and file_digest(target) != payload[name]:
+                raise SiteError(f"{bundle / name}: has changed while it was copied")
         example: dict[str, str] = {"question": question}
         if picture is not None:
             example["picture"] = f"example{picture.suffix.lower()}"

@@ -1,6 +1,6 @@
 """Serves a folder that runtimes.web.build made, on this machine alone, with the headers that a real host should send.
 
-To try a page, not to publish one: it speaks HTTP to 127.0.0.1 and to nothing else. README.md has the headers for others.
+To try a page, not to publish one: it speaks HTTP, on 127.0.0.1 alone. README.md has the headers for other servers.
 """
 
 import argparse

@@ -112,8 +112,9 @@ export async function load({ text, site, name, size }, onBytes, signal) {
 async function request({ path, sha256 }, signal) {
   let response;
   try {
-    // The digest in the address keeps an older file, here or in a cache on the way, from being taken for this one.
-    response = await fetch(`${path}?${sha256.slice(0, 16)}`, { signal, credentials: "omit" });
+    // The digest in the address keeps an older file, in a cache on the way, from being taken for this one. The
+    // browser's own cache would be a second copy on the disk.
+    response = await fetch(`${path}?${sha256.slice(0, 16)}`, { signal, credentials: "omit", cache: "no-store" });
   } catch (error) {
     if (signal.aborted) throw error;
     throw new LoadError(`${path}: the network failed. What was loaded stays; load again to go on.`);

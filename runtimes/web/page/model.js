@@ -3,6 +3,8 @@
 // transformers.js' own generate() is one long task: between two tokens no message reaches the worker, and "Stop"
 // would be heard when all is over. Here the worker listens after each tile, each part of the prompt and each token.
 
+import { PromptError } from "./prompt.js";
+
 const CHUNK = 128; // tokens of a prompt that are run at once
 
 /** Thrown where `stopped` became true. */
@@ -95,10 +97,16 @@ export class Model {
     return logits.data;
   }
 
+  /** Throws where a prompt has no room. */
+  check(ids) {
+    const { context } = this.text;
+    if (ids.length > context) throw new PromptError(`The question is too long: ${ids.length} tokens of ${context}.`);
+  }
+
   /** Yields the best token each time until a stop token (which is yielded), `limit` tokens or the end of the context. */
   async *generate(ids, features, { limit = 256, onTokens, stopped = () => false } = {}) {
     const { context, eos_ids: ends, image_token_id: imageId } = this.text;
-    if (ids.length > context) throw new RangeError(`The question is too long: ${ids.length} tokens of ${context}.`);
+    this.check(ids);
     const cache = this.newCache();
     try {
       let scores = await this.prefill(cache, ids, features, { onTokens, stopped });

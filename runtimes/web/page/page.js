@@ -105,6 +105,11 @@ async function start(plan) {
   $("load-text").textContent = "Starting the engine";
   bar($("load-bar"), 0);
   if (result.kept) await controlled();
+  open(result);
+}
+
+function open(result) {
+  worker?.terminate();
   worker = new Worker("worker.js", { type: "module" });
   worker.onmessage = ({ data }) => hear(data, result);
   worker.onerror = (event) => {
@@ -114,7 +119,9 @@ async function start(plan) {
   worker.postMessage({ type: "open", files: result.files });
 }
 
+/** The worker is lost, and another would fail as it did. */
 function broken(message) {
+  worker?.terminate();
   fail(message);
   $("loading").hidden = true;
   ready = answering = false;
@@ -126,6 +133,7 @@ function opened(about, { kept }) {
   ready = true;
   $("loading").hidden = true;
   $("about").hidden = false;
+  if ($("detail").length) return update(); // it was opened before
   const facts = {
     Model: `${about.model}, version ${about.version}, ${about.recipe}`,
     Proof: about.proof,
@@ -164,6 +172,10 @@ function hear(message, result) {
       return done(answered(message));
     case "failed":
       fail(message.message);
+      if (message.fatal) {
+        ready = false; // until the next worker has opened the model
+        open(result);
+      }
       return done("No answer.");
   }
 }

@@ -3,7 +3,8 @@
 // In:  { type: "open", files: Map(path -> Blob) } once, then any number of
 //      { type: "ask", id, picture: Blob, number (of the picture), question, edge } and { type: "stop", id }.
 // Out: { type: "opened", about }, { type: "step", id, stage, done, total }, { type: "text", id, text },
-//      { type: "answered", id, reason, tokens, times }, { type: "failed", id, message }.
+//      { type: "answered", id, reason, tokens, times }, { type: "failed", id, message, fatal }.
+// After a fatal failure the worker is of no more use: an engine that ran out of memory does not recover.
 
 import * as lib from "./vendor/transformers.min.js";
 import { Model, Stopped } from "./model.js";
@@ -12,7 +13,7 @@ import { PromptEncoder, PromptError, TextStream } from "./prompt.js";
 
 let files, model, encoder, settings;
 let stopped = null; // id of the question that is to end
-let last = { number: null }; // the features of the latest picture: a second question need not wait for them
+let last = null; // the latest picture's features: a second question need not wait for them
 
 const json = async (path) => JSON.parse(await files.get(`bundle/${path}`).text());
 
@@ -61,21 +62,29 @@ async function open(message) {
   self.postMessage({ type: "opened", about });
 }
 
+async function read(picture, edge) {
+  const { tiles, rows, cols } = cut(await decode(picture), { ...settings, longestEdge: edge });
+  return { grid: { rows, cols }, tiles: tiles.map((tile) => normalize(tile, settings)) };
+}
+
 async function answer({ id, picture, number, question, edge }) {
   const stop = () => stopped === id;
   const step = (stage, done, total) => self.postMessage({ type: "step", id, stage, done, total });
   const began = performance.now();
   let tokens = 0, firstAt = 0, reason = "length";
   try {
-    if (last.number !== number || last.edge !== edge) {
-      last = { number: null };
+    const known = last?.number === number && last.edge === edge ? last : null;
+    if (!known) {
+      last = null;
       step("picture", 0, 0);
-      const { tiles, rows, cols } = cut(await decode(picture), { ...settings, longestEdge: edge });
-      const pixels = tiles.map((tile) => normalize(tile, settings));
-      const features = await model.encode(pixels, { onTile: (done, total) => step("tiles", done, total), stopped: stop });
-      last = { number, edge, grid: { rows, cols }, features };
     }
-    const ids = encoder.encode([{ role: "user", parts: [last.grid, question] }]);
+    const { grid, tiles } = known ?? (await read(picture, edge));
+    const ids = encoder.encode([{ role: "user", parts: [grid, question] }]);
+    model.check(ids); // before the longest part of the work
+    if (!known) {
+      const onTile = (done, total) => step("tiles", done, total);
+      last = { number, edge, grid, features: await model.encode(tiles, { onTile, stopped: stop }) };
+    }
     const stream = new TextStream((list) => encoder.decode(list));
     let begun = false;
     const onTokens = (done, total) => step("prompt", done, total);
@@ -101,8 +110,10 @@ async function answer({ id, picture, number, question, edge }) {
 // What an engine says when memory runs out; a bare number is an exception that it could not even put into words.
 const NO_MEMORY = /memory|alloc|OOM|Maximum call stack|Invalid array (buffer )?length/i;
 
+const plain = (error) => error instanceof PictureError || error instanceof PromptError;
+
 function explain(error) {
-  if (error instanceof PictureError || error instanceof PromptError) return error.message;
+  if (plain(error)) return error.message;
   const text = String(error?.message ?? error);
   if (typeof error === "number" || NO_MEMORY.test(text))
     return "This browser has not enough memory for it. Close other tabs, choose less detail, or use a smaller model.";
@@ -117,5 +128,5 @@ self.onmessage = ({ data }) => {
   }
   work = work
     .then(() => (data.type === "open" ? open(data) : answer(data)))
-    .catch((error) => self.postMessage({ type: "failed", id: data.id, message: explain(error) }));
+    .catch((error) => self.postMessage({ type: "failed", id: data.id, message: explain(error), fatal: !plain(error) }));
 };
