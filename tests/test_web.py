@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from runtimes.bundle import file_digest, read_bundle
-from runtimes.manifest import BundleError
+from runtimes.manifest import BundleError, FileEntry, payload_digest
 from runtimes.preprocess import ImageSettings, cut, normalize
 from runtimes.prompt import ImagePart, Message, PromptEncoder
 from runtimes.web import build, serve
@@ -78,6 +79,19 @@ def damaged(bundle: Path, folder: Path) -> Path:
     return copy
 
 
+def with_extra(bundle: Path, folder: Path) -> Path:
+    """A sound copy whose payload has a file that no page loads."""
+    copy = shutil.copytree(bundle, folder)
+    extra = copy / "onnx" / "page.html"
+    extra.write_text("<script src=x.js></script>", encoding="utf-8")
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    entry = FileEntry("onnx/page.html", extra.stat().st_size, file_digest(extra), "payload")
+    manifest["files"] = sorted([*manifest["files"], asdict(entry)], key=lambda found: found["path"])
+    manifest["payload_digest"] = payload_digest(FileEntry(**found) for found in manifest["files"])
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return copy
+
+
 def test_what_cannot_be_used_is_named_and_nothing_is_left(tiny_bundle: Path, stand_ins: Path, tmp_path: Path) -> None:
     out = tmp_path / "site"
     with pytest.raises(BundleError, match="content has changed"):
@@ -95,6 +109,9 @@ def test_what_cannot_be_used_is_named_and_nothing_is_left(tiny_bundle: Path, sta
     with pytest.raises(SiteError, match=r"onnxruntime-web.*version is 1\.0\.0, package-lock\.json says"):
         build_site(tiny_bundle, out, packages=other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "fake.png", "other"]
+    with pytest.raises(SiteError, match=r"lists onnx/page\.html, which a page has no use for"):
+        build_site(with_extra(tiny_bundle, tmp_path.parent / f"{tmp_path.name}-extra"), out, packages=stand_ins)
+    assert not out.exists()
     out.mkdir()
     with pytest.raises(BundleError, match="exists"):
         build_site(tiny_bundle, out, packages=stand_ins)
@@ -224,7 +241,7 @@ def test_the_page_cuts_pictures_as_pillow_does_to_the_byte(node: None) -> None:
         tile = int(random.choice([32, 96, 100]))
         edge = int(random.choice([1, 2, 3])) * tile + int(random.choice([0, 0, 7]))
         mean = (0.485, 0.456, 0.406) if index % 2 else (0.5, 0.5, 0.5)
-        settings = ImageSettings(tile, edge, index % 7 != 0, resample=1 + index % 5, mean=mean)
+        settings = ImageSettings(tile, edge, index % 7 != 0, resample=1 if index % 2 else 1 + index // 2 % 5, mean=mean)
         images.append((noise, settings))
     given = [
         {"data": encoded(image), "width": image.shape[1], "height": image.shape[0], "config": config(settings)}
@@ -239,6 +256,29 @@ def test_the_page_cuts_pictures_as_pillow_does_to_the_byte(node: None) -> None:
             assert not difference.any(), f"{about}: by up to {np.abs(difference).max()}"
         pixels = np.frombuffer(base64.b64decode(found["pixels"]), np.float32)
         assert np.array_equal(pixels, normalize(np.asarray(tiles[-1])[None], settings).ravel()), about
+
+
+RESIZE = """
+const { resize } = await import(`${page}/picture.js`);
+console.log(JSON.stringify(given.map(({ data, width, height, size }) =>
+  text(resize({ data: bytes(data), width, height }, ...size, 1).data))));
+"""
+
+
+@pytest.mark.node
+def test_a_resize_takes_its_two_passes_in_the_order_of_pillow(node: None) -> None:
+    """Each pass rounds, and Pillow begins with the one that drops more: below, at and above where that changes."""
+    random = np.random.default_rng(0)
+    images: list[tuple[Bytes, tuple[int, int]]] = []
+    for width, less in ((120, 40), (120, 7), (90, 80), (60, -30)):
+        for rows in (-1, 0, 1):
+            to = (width - less, 200 - 2 * less - rows)
+            images.append((random.integers(0, 256, (200, width, 3), dtype=np.uint8), to))
+    images += [(random.integers(0, 256, (h, w, 3), dtype=np.uint8), (100, 100)) for w, h in ((33, 900), (900, 33))]
+    given = [{"data": encoded(i), "width": i.shape[1], "height": i.shape[0], "size": size} for i, size in images]
+    for (image, size), found in zip(images, run_node(RESIZE, given), strict=True):
+        wanted = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)).ravel()
+        assert np.array_equal(np.frombuffer(base64.b64decode(found), np.uint8), wanted), f"{image.shape} to {size}"
 
 
 @pytest.mark.node

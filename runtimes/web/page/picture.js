@@ -172,7 +172,7 @@ export function normalize(tile, settings) {
 
 /** Resizes { data: bytes [H, W, 3], width, height } by one of Pillow's filters. */
 export function resize(image, width, height, resample) {
-  // Each pass rounds, so their order shows. Pillow 13 begins with the columns where that drops many more rows.
+  // Each pass rounds, so their order shows: Pillow 13 begins with the one between rows where that drops many more.
   const rowsLost = image.height - height, columnsLost = image.width - width;
   const order = rowsLost > 0 && rowsLost > 2 * columnsLost ? [false, true] : [true, false];
   for (const horizontal of order) {
