@@ -654,6 +654,7 @@ def test_the_page_is_readable(scheme: str, width: int, chromium: Chromium, site:
         page.get_by_text("About this model").click()
         page.locator("#file").set_input_files({"name": "a.txt", "mimeType": "text/plain", "buffer": b"text"})
         alert(page)
+        assert page.evaluate("document.getElementById('error').getBoundingClientRect().top >= 0")  # in sight
         page.screenshot(path=tmp_path / "answered.png", full_page=True)
         readable(page)
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 25, 27)"

@@ -14,6 +14,7 @@ let worker = null, ready = false, picture = null, number = 0, shown = null, aske
 function fail(message) {
   $("error").textContent = message;
   $("error").hidden = false;
+  $("error").scrollIntoView({ block: "nearest" }); // it stands at the top, and a phone may show the page's end
 }
 
 function say(text) {
