@@ -15,7 +15,7 @@ $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify publish pull native devices run-device ask quality confidence search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size test-devices test-clients check train train-adapter export-android export-ios verify publish pull web native devices run-device ask quality confidence search bench bench-kernels report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -36,6 +36,11 @@ test-devices: $(STAMP)  ## fake devices: adbd in a network namespace, sshd, ARM6
 	@$(PY) -m device_harness.testbed || true
 	@$(PY) -m runtimes.native.build --target=linux-arm64 --emulator || true
 	@$(PY) -m pytest --devices tests/test_adb.py tests/test_arm64.py tests/test_ssh.py
+
+CLIENTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,transformersjs web page serve kotlin swift)))
+test-clients: $(STAMP)  ## what clients run: Node, headless Chromium, the server, Kotlin, Swift; fetches what it can, skips what is missing
+	@$(PY) -m tests.clients
+	@$(PY) -m pytest --clients $(CLIENTS)
 
 check: $(STAMP)  ## format, lint, types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
@@ -67,6 +72,9 @@ publish: $(STAMP)  ## BUNDLE=folder TARGET=folder-or-hf://org/name [KEY=private-
 
 pull: $(STAMP)  ## SOURCE=hf://org/name@revision-https://...-or-folder OUT=folder [KEY=public-key]: fetch a bundle, checked
 	@$(PY) -m runtimes.pull $${KEY:+--key="$$KEY"} -- "$${SOURCE:?is missing: hf://org/name, https://... or a folder}" "$${OUT:?is missing: the new folder}"
+
+web: $(STAMP)  ## BUNDLE=folder OUT=folder [IMAGE=example [QUESTION='text']]: a page that runs the bundle in a browser
+	@$(PY) -m runtimes.web.build --out="$${OUT:?is missing: the new folder}" $${IMAGE:+--picture="$$IMAGE"} $${QUESTION:+--question="$$QUESTION"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
 native: $(STAMP)  ## [TARGET=linux-arm64] [OUT=folder]: the runner for devices, in C++, into build/native
 	@$(PY) -m runtimes.native.build $${TARGET:+--target="$$TARGET"} $${OUT:+--out="$$OUT"}
@@ -113,7 +121,7 @@ $(ASKED): | $(STAMP)
 	@mv $@.partial $@
 
 clean:  ## remove the demo's bundles and every cache (.venv and other builds stay)
-	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/transformersjs/node_modules
+	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis runtimes/web/node_modules
 	@find $(wildcard benchmarks demo device_harness export quantize router_client runtimes tests) -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: where an index is named it gives torch alone, and later steps find it installed.
