@@ -325,7 +325,7 @@ def test_progress_is_shown_in_bytes_and_a_stopped_load_goes_on(chromium: Chromiu
     with serving(site) as server, chromium.page() as page:
         server.held = ".wasm?"
         page.goto(server.url)
-        assert re.search(r"loaded once \(1\d\.\d MB\)", page.locator("#load-text").inner_text())
+        page.get_by_text(re.compile(r"loaded once \(1\d\.\d MB\)")).wait_for()
         page.get_by_role("button", name="Load the model").click()
         while not any(".wasm?" in request for request in server.requests):
             page.wait_for_timeout(20)

@@ -270,6 +270,7 @@ $("form").addEventListener("submit", (event) => {
   asked += 1;
   update();
   say("Starting");
+  $("answer").scrollIntoView({ block: "nearest" }); // a tall picture pushes it off a phone's screen
   worker.postMessage({ type: "ask", id: asked, picture, number, question, edge: Number($("detail").value) });
 });
 $("question").addEventListener("keydown", (event) => {
