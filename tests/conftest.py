@@ -20,11 +20,13 @@ settings.load_profile("shared machine")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-size", action="store_true", help="run the tests on checkpoints of a published size too")
     parser.addoption("--devices", action="store_true", help="run the tests on fake devices and under emulation too")
+    parser.addoption("--clients", action="store_true", help="run the tests of clients too: headless Chromium, Kotlin, Swift")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     apart = {
         "full_size": ("--full-size", "minutes and gigabytes: make test-full-size"),
+        "client": ("--clients", "headless Chromium or another client's tools: make test-clients"),
         "device": ("--devices", "a fake device or an emulator: make test-devices"),
     }
     for marker, (option, reason) in apart.items():

@@ -182,7 +182,7 @@ object Image {
     }
 }
 
-/** Pillow's resize with the Lanczos filter, in its arithmetic: weights of 22 bits, first along rows, then along columns. */
+/** Pillow's resize with the Lanczos filter, in its arithmetic: weights of 22 bits, a pass along rows and one along columns. */
 object Lanczos {
     private const val BITS = 22
     private const val SUPPORT = 3.0
@@ -190,15 +190,20 @@ object Lanczos {
     /** The weights of each output position: it is the sum over [first] ... of the source's values. */
     private class Weights(val first: IntArray, val values: Array<IntArray>)
 
+    /** Each pass rounds to bytes, so their order shows: Pillow 13 begins with the columns where that drops many more rows. */
     fun resize(image: Rgb, width: Int, height: Int): Rgb {
-        if (width == image.width && height == image.height) return image
-        var bytes = image.bytes
-        if (width != image.width) bytes = rows(bytes, image.width, image.height, width)
-        if (height != image.height) bytes = columns(bytes, width, image.height, height)
-        return Rgb(width, height, bytes)
+        val rowsLost = image.height - height
+        val columnsFirst = rowsLost > 0 && rowsLost > 2 * (image.width - width)
+        var out = if (columnsFirst) columns(image, height) else image
+        out = rows(out, width)
+        return columns(out, height)
     }
 
-    private fun rows(bytes: ByteArray, width: Int, height: Int, out: Int): ByteArray {
+    private fun rows(image: Rgb, out: Int): Rgb {
+        if (out == image.width) return image
+        val bytes = image.bytes
+        val width = image.width
+        val height = image.height
         val weights = weights(width, out)
         val result = ByteArray(out * height * 3)
         for (y in 0 until height) for (x in 0 until out) {
@@ -210,12 +215,14 @@ object Lanczos {
                 result[(y * out + x) * 3 + channel] = (sum shr BITS).coerceIn(0, 255).toByte()
             }
         }
-        return result
+        return Rgb(out, height, result)
     }
 
-    private fun columns(bytes: ByteArray, width: Int, height: Int, out: Int): ByteArray {
-        val weights = weights(height, out)
-        val stride = width * 3
+    private fun columns(image: Rgb, out: Int): Rgb {
+        if (out == image.height) return image
+        val weights = weights(image.height, out)
+        val bytes = image.bytes
+        val stride = image.width * 3
         val result = ByteArray(stride * out)
         val sums = IntArray(stride)
         for (y in 0 until out) {
@@ -226,7 +233,7 @@ object Lanczos {
             }
             for (x in 0 until stride) result[y * stride + x] = (sums[x] shr BITS).coerceIn(0, 255).toByte()
         }
-        return result
+        return Rgb(image.width, out, result)
     }
 
     private fun weights(size: Int, out: Int): Weights {
