@@ -10,12 +10,12 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET DEVICE RUNNER EMULATOR
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET DEVICE RUNNER EMULATOR ROUTE ROUTER_CONFIG TEST_DATA
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify publish pull native devices run-device ask quality search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify publish pull native devices run-device ask quality confidence search bench bench-kernels report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -71,11 +71,14 @@ pull: $(STAMP)  ## SOURCE=hf://org/name@revision-https://...-or-folder OUT=folde
 native: $(STAMP)  ## [TARGET=linux-arm64] [OUT=folder]: the runner for devices, in C++, into build/native
 	@$(PY) -m runtimes.native.build $${TARGET:+--target="$$TARGET"} $${OUT:+--out="$$OUT"}
 
-ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
-	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
+ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text' [ROUTE=prefer_on_device [ROUTER_CONFIG=router.toml]]
+	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" $${ROUTE:+--route="$$ROUTE"} $${ROUTER_CONFIG:+--router-config="$$ROUTER_CONFIG"} -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
 
 quality: $(STAMP)  ## BUNDLE=folder DATA=file [MODEL=reference [LORA=adapter]] [IMAGES=folder] [OUT=folder] [ENDPOINT=url ENDPOINT_MODEL=name [KEY_ENV=variable]]
 	@$(PY) -m benchmarks.quality --data="$${DATA:?is missing: documents.jsonl, or the file of a data set}" $${MODEL:+--model="$$MODEL"} $${LORA:+--lora="$$LORA"} $${IMAGES:+--images="$$IMAGES"} $${OUT:+--out="$$OUT"} $${ENDPOINT:+--endpoint="$$ENDPOINT"} $${ENDPOINT_MODEL:+--endpoint-model="$$ENDPOINT_MODEL"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
+
+confidence: $(STAMP)  ## BUNDLE=folder [DATA=documents.jsonl TEST_DATA=documents.jsonl] [OUT=folder]: learn when its answers are wrong
+	@$(PY) -m benchmarks.confidence $${DATA:+--data="$$DATA"} $${TEST_DATA:+--test-data="$$TEST_DATA"} $${OUT:+--out="$$OUT"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
 search: $(STAMP)  ## MODEL=folder-or-hub-id DATA=documents.jsonl MAX_SIZE=900MB MAX_LOSS=0.01 OUT=mine.toml [CALIBRATION=documents.jsonl] [GROUPED=layer] [LIMIT=number] [WORK=folder] [PLOT=front.svg]
 	@$(PY) -m benchmarks.search --data="$${DATA:?is missing: documents.jsonl}" --max-size="$${MAX_SIZE:?is missing: megabytes, or a part}" --max-loss="$${MAX_LOSS:?is missing: a mean KL}" --out="$${OUT:?is missing: the new .toml file}" $${CALIBRATION:+--calibration="$$CALIBRATION"} $${GROUPED:+--groups="$$GROUPED"} $${LIMIT:+--limit="$$LIMIT"} $${WORK:+--work="$$WORK"} $${PLOT:+--plot="$$PLOT"} -- "$${MODEL:?is missing: a folder or a hub id}"

@@ -5,6 +5,7 @@ stand on, in the order to read it:
 
     policy.py     what the owner allows: modes, caps, privacy, backends; and the configuration file
     local.py      the two-method protocol of the local leg, and the signals that its answer is not good enough
+    confidence.py how probably a local answer is wrong, as fitted beforehand on the bundle that gave it
     run.py        one request under way; receipt.py: who answered, why, at what cost
     offers.py     what a catalogue says, which offers are allowed, what this request costs with each
     market.py     catalogues, and which offers may be asked now

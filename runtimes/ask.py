@@ -1,9 +1,11 @@
 """Asks a bundle a question, about images or about nothing but the text, and prints the answer as it comes.
 
     python -m runtimes.ask BUNDLE --image FILE "What is the total?"
+    python -m runtimes.ask BUNDLE --image FILE "What is the total?" --route prefer_on_device --router-config FILE.toml
 
-The answer goes to stdout, everything else to stderr. Exit code 0: answered; 1: the engine failed; 2: the
-bundle, an image or the question cannot be used; 130: interrupted.
+The answer goes to stdout, everything else to stderr. Exit code 0: answered; 1: the engine failed, or nobody answered;
+2: the bundle, an image, the question or the configuration cannot be used; 130: interrupted. Without --route nothing but
+the bundle is asked and the router is not even loaded; with it a receipt says who answered, why and at what cost.
 Not covered: more than one question; see runtimes.chat.
 """
 
@@ -22,6 +24,8 @@ from runtimes.generate import GREEDY, Sampling
 from runtimes.manifest import BundleError, Manifest
 from runtimes.preprocess import TILE_BUDGETS, ImageError, load_image
 from runtimes.runner import EngineError, InputError
+
+ROUTES = ("on_device_only", "prefer_on_device", "prefer_cloud", "cloud_only")
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,62 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=GREEDY.seed)
     command.add_argument("--threads", type=int, default=0, metavar="N", help="0, the default, lets the engine choose")
     command.add_argument("--allow-pending", action="store_true", help="use a bundle whose proof has not passed")
+    command.add_argument("--route", choices=ROUTES, metavar="MODE", help=f"who may answer: {', '.join(ROUTES)}")
+    command.add_argument("--router-config", type=Path, metavar="FILE", help="TOML: what else may be asked, and caps")
+    command.add_argument(
+        "--confidence", type=Path, metavar="FILE", help="what benchmarks.confidence learnt (BUNDLE.confidence.json)"
+    )
+    command.add_argument("--consent", action="store_true", help="agree beforehand to what a route would send")
     command.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     return command
 
 
+def routed(args: argparse.Namespace, sampling: Sampling, show: Callable[[str], None]) -> int:
+    """The command with --route; returns its exit code."""
+    from runtimes import route  # here: without a route no router is loaded
+
+    def fail(message: str, code: int, **more: Any) -> int:
+        message = " ".join(message.split())
+        print(f"error: {message}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": message, **more}))
+        return code
+
+    try:
+        for path in args.image:
+            load_image(path)  # one that cannot be read is nobody's question
+        router = route.open_router(
+            args.bundle,
+            args.route,
+            route.beforehand if args.consent else route.at_terminal,
+            config=args.router_config,
+            confidence=args.confidence,
+            tiles=args.tiles,
+            sampling=sampling,
+            threads=args.threads,
+            allow_pending=args.allow_pending,
+        )
+        answer = route.ask_routed(router, args.question, args.image, sampling, show)
+    except (route.ConfigError, route.LedgerError, ImageError) as exc:
+        return fail(str(exc), 2)
+    except route.RouterError as exc:
+        if exc.partial:
+            print()
+        print(route.receipt_text(exc.receipt), file=sys.stderr)
+        return fail(str(exc), 1, receipt=exc.receipt.as_json())
+    print()
+    print(route.receipt_text(answer.receipt), file=sys.stderr)
+    if args.json:
+        print(json.dumps({"answer": answer.text, "receipt": answer.receipt.as_json()}, ensure_ascii=False))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    args = parser().parse_args(arguments)
+    command = parser()
+    args = command.parse_args(arguments)
+    if args.route is None and (args.router_config or args.confidence or args.consent):
+        command.error("--router-config, --confidence and --consent belong to --route")
     shown: list[str] = []
 
     def show(piece: str) -> None:
@@ -137,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sampling = Sampling(
             args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed
         )
+        if args.route is not None:
+            return routed(args, sampling, show)
         asked = ask(
             args.bundle,
             args.question,

@@ -21,7 +21,7 @@ from runtimes.generate import GREEDY, Sampling, TextStream, Token, generate
 from runtimes.manifest import BundleError
 from runtimes.preprocess import ImageSettings, Pixels, preprocess, read_settings
 from runtimes.prompt import ImagePart, Message, PromptEncoder
-from runtimes.runner import Cancelled, Floats, InputError, Runner, open_runner
+from runtimes.runner import Cancelled, ContextError, Floats, InputError, Runner, open_runner
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,11 @@ class Chat:
         runner: used by one conversation at a time.
         encoder: the bundle's tokenizer.
         settings: how images become tiles (`ImageSettings.with_budget` limits their number).
+        system: what the conversation opens with; "": nothing.
     """
 
-    def __init__(self, runner: Runner, encoder: PromptEncoder, settings: ImageSettings) -> None:
-        self.runner, self.encoder, self.settings = runner, encoder, settings
+    def __init__(self, runner: Runner, encoder: PromptEncoder, settings: ImageSettings, system: str = "") -> None:
+        self.runner, self.encoder, self.settings, self.system = runner, encoder, settings, system
         self.ids: list[int] = []  # every token of the conversation but a stop token at the end
         self._cache = runner.new_cache()  # holds the first `length` of them
         self._lock = threading.Lock()
@@ -148,7 +149,7 @@ class Chat:
         used, context = len(self.ids), self.runner.settings.context
         if used + len(ids) > context:
             already = f"{used:,} tokens of conversation and " if used else ""
-            raise InputError(f"the context of {context:,} has no room for {already}a prompt of {len(ids):,} tokens")
+            raise ContextError(f"the context of {context:,} has no room for {already}a prompt of {len(ids):,} tokens")
         return Reply(self._answer(used, ids, prepared, sampling, (time.perf_counter() - began) * 1000))
 
     def cancel(self) -> None:
@@ -161,7 +162,8 @@ class Chat:
         """The tokens that this turn adds to the conversation, the opening of the reply included."""
         try:
             if not self.ids:
-                return self.encoder.encode([message])
+                opening = [Message("system", (self.system,))] if self.system else []
+                return self.encoder.encode([*opening, message])
             # Encoded after an answer's end token, so that what follows that token is split as in a whole chat.
             ids = self.encoder.encode([Message("assistant", ("",)), message], start=False)
         except ValueError as exc:

@@ -50,10 +50,16 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Token:
-    """A sampled token; `logprob` is by the raw logits; `ms` is the time from its predecessor (or the start)."""
+    """A sampled token; `logprob` and `margin` are by the raw logits.
+
+    margin: logprob less that of the best other token that could have been chosen; below 0 where sampling chose a
+        lesser one.
+    ms: from its predecessor (or the start).
+    """
 
     id: int
     logprob: float
+    margin: float
     ms: float
 
 
@@ -126,7 +132,10 @@ def generate(
         chances[runner.settings.image_id] = -np.inf
         token = int(np.argmax(chances)) if sampling.temperature == 0 else _draw(chances, random)
         now = time.perf_counter()
-        yield Token(token, float(log_softmax(logits)[token]), (now - began) * 1000)
+        odds = log_softmax(logits)
+        logprob = float(odds[token])
+        odds[[token, runner.settings.image_id]] = -np.inf
+        yield Token(token, logprob, logprob - float(odds.max()), (now - began) * 1000)
         if not left or token in runner.settings.eos_ids or cache.length >= runner.settings.context:
             return
         began = time.perf_counter()

@@ -8,6 +8,7 @@ The steps (and every rounding in them) follow `SmolVLMImageProcessorPil` of tran
 Not covered: the torchvision processor (another filter), video, and formats that are programs (EPS).
 """
 
+import io
 import json
 import math
 import warnings
@@ -146,16 +147,18 @@ def read_settings(path: Path) -> ImageSettings:
     return settings_from_config(config, str(path))
 
 
-def load_image(path: Path | str) -> Image.Image:
-    """Opens, decodes and EXIF-transposes an image file; of an animation, the first frame.
+def load_image(source: Path | str | bytes) -> Image.Image:
+    """Opens, decodes and EXIF-transposes an image file, or the bytes of one; of an animation, the first frame.
 
     Raises:
         ImageError: naming the file, if it is missing, not an image, damaged, or larger than
             MAX_IMAGE_PIXELS (the size is read from the header, before decoding).
     """
+    path = "the image" if isinstance(source, bytes) else source
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         # Pillow warns of large sizes and of damaged metadata: the image is refused here, or good enough.
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
                 raise ImageError(f"{path}: {width} x {height} pixels, at most {MAX_IMAGE_PIXELS:,} are accepted")

@@ -29,7 +29,8 @@ IMPORTS: dict[str, set[str]] = {
     "demo": {"export", "runtimes"},
     "benchmarks": {"demo", "device_harness", "export", "quantize", "router_client", "runtimes"},
 }
-EXCEPTIONS = {"runtimes/ask.py": {"router_client"}}  # only when a route to a cloud model is asked for
+# only when a route to a cloud model is asked for
+EXCEPTIONS = {"runtimes/local_leg.py": {"router_client"}, "runtimes/route.py": {"router_client"}}
 
 # folder -> all that it may import from outside of the standard library: a device has nothing else
 PACKAGES: dict[str, set[str]] = {
@@ -130,6 +131,7 @@ def test_a_folder_imports_only_what_the_table_allows(folder: str) -> None:
         ("runtimes/coreml.py", "import torch"),
         ("runtimes/new.py", "def f():\n    from export.spec import ModelSpec"),
         ("runtimes/new.py", "import router_client.policy"),
+        ("runtimes/ask.py", "from router_client import policy"),
         ("quantize/new.py", "import onnx_ir as ir"),
         ("quantize/new.py", "import runtimes"),
         ("router_client/new.py", "import numpy"),
@@ -145,7 +147,7 @@ def test_the_tables_refuse_a_forbidden_import(where: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("where", "source"),
     [
-        ("runtimes/ask.py", "from router_client import policy"),
+        ("runtimes/route.py", "from router_client import policy"),
         ("runtimes/new.py", "from . import bundle\nimport numpy, json"),
         ("runtimes/coreml.py", "def f():\n    import coremltools"),
         ("export/new.py", "import torch\nfrom quantize.int4 import pack"),
@@ -271,6 +273,16 @@ def test_make_hands_over_a_question_word_for_word(echo: Path) -> None:
     assert json.loads(done.stdout) == ["-m", "runtimes.ask", "--image=it's.png", "--", "a b", question]
 
 
+def test_make_hands_over_a_route_and_what_confidence_is_given(echo: Path) -> None:
+    asked = ["BUNDLE=b", "IMAGE=i", "QUESTION=q", "ROUTE=prefer_on_device", "ROUTER_CONFIG=r's $x.toml"]
+    done = make("ask", *asked, python=echo)
+    want = ["--image=i", "--route=prefer_on_device", "--router-config=r's $x.toml", "--", "b", "q"]
+    assert json.loads(done.stdout) == ["-m", "runtimes.ask", *want]
+    done = make("confidence", "BUNDLE=b b", "DATA=d $x", "TEST_DATA=t's", "OUT=o", python=echo)
+    want = ["--data=d $x", "--test-data=t's", "--out=o", "--", "b b"]
+    assert json.loads(done.stdout) == ["-m", "benchmarks.confidence", *want]
+
+
 def test_make_uses_the_default_recipe_and_hands_over_a_named_one(echo: Path) -> None:
     want = ["-m", "export.android", "--model=m@main", "--out=o o"]
     drawn = ["--calibration=build/calibration", "--work=build/calibrated"]
@@ -328,7 +340,7 @@ def test_make_hands_over_a_device_and_what_runs_on_it(echo: Path) -> None:
     assert json.loads(done.stdout) == ["-m", "device_harness.run", *want]
 
 
-@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality", "search", "run-device"])
+@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality", "confidence", "search", "run-device"])
 def test_make_says_what_is_missing(action: str, echo: Path) -> None:
     done = make(action, python=echo)
     assert done.returncode != 0
