@@ -20,7 +20,9 @@ settings.load_profile("shared machine")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-size", action="store_true", help="run the tests on checkpoints of a published size too")
     parser.addoption("--devices", action="store_true", help="run the tests on fake devices and under emulation too")
-    parser.addoption("--clients", action="store_true", help="run the tests of clients too: headless Chromium, Kotlin, Swift")
+    parser.addoption(
+        "--clients", action="store_true", help="run the tests of clients too: headless Chromium, Kotlin, Swift"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
