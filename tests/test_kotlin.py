@@ -441,7 +441,7 @@ def test_any_json_is_read_as_python_reads_it(
 @settings(max_examples=500)
 @given(data=st.data())
 def test_json_that_python_refuses_is_refused(port: Port, data: st.DataObject) -> None:
-    """Drawn from pieces of JSON, most of which is none. The port may refuse more: what is not UTF-8, halves of characters."""
+    """Drawn from pieces of JSON, most of which is none. The port refuses more: halves of characters, long integers."""
     pieces = [
         "{",
         "}",
@@ -623,7 +623,8 @@ def test_normalized_tiles_are_equal_bit_for_bit(port: Port, folder: Path, tmp_pa
 
 SETTING_FAULTS: list[tuple[str, object]] = [
     ("size", {"longest_edge": 0}), ("size", {"longest_edge": 1 << 20}), ("size", None),
-    ("size", {"longest_edge": True}), ("max_image_size", {"height": 5}), ("do_resize", "yes"), ("do_rescale", False), ("do_normalize", False),
+    ("size", {"longest_edge": True}), ("max_image_size", {"height": 5}), ("do_resize", "yes"), ("do_rescale", False),
+    ("do_normalize", False),
     ("do_convert_rgb", False), ("image_mean", [0.5]), ("image_mean", "x"), ("image_std", [0.5, 0.5, 0]),
     ("image_std", [0.5, 0.5, -1]), ("resample", 2), ("resample", "1"), ("rescale_factor", 0), ("rescale_factor", 2),
 ]  # fmt: skip
@@ -712,7 +713,7 @@ def test_any_ids_become_the_same_text(port: Port, folder: Path, data: st.DataObj
     path = str(folder / "tokenizer.json")
     library = Tokenizer.from_file(path)
     count = library.get_vocab_size()
-    letters = [i for i in range(count) if len(library.id_to_token(i)) == 1]
+    letters = [i for i in range(count) if len(library.id_to_token(i) or "") == 1]
     ids = data.draw(st.lists(st.one_of(st.sampled_from(letters), st.integers(0, count + 3)), max_size=12))
     assert port.ask("decode", tokenizer=path, ids=[ids]) == [library.decode(ids)]
     stream = TextStream(library.decode)
@@ -855,14 +856,14 @@ def test_added_tokens_that_are_normalized_come_after_the_others(port: Port, fold
     last = max(content["model"]["vocab"].values()) + 1
     base = content["added_tokens"][0]
     for i, (token, normalized) in enumerate(
-        [("abc", False), ("ab", False), ("cab", True), ("IBAN", True), ("x<", True)]
+        [("abq", False), ("aq", False), ("caq", True), ("IBAN", True), ("x<", True)]
     ):
         content["added_tokens"].append(
             base | {"id": last + i, "content": token, "special": False, "normalized": normalized}
         )
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content), "utf-8")
-    texts = ["cabc abcab IBAN", "xIBANab", "x<image>", "x<imag", "aab cabcab"]
+    texts = ["caqc abqaq IBAN", "xIBANaq", "x<image>", "x<imag", "aaq caqcaq", "caqabqcaq"]
     library = Tokenizer.from_file(str(path))
     assert port.ask("tokens", tokenizer=str(path), texts=texts, plain=False) == [library.encode(t).ids for t in texts]
 

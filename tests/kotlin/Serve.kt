@@ -53,7 +53,7 @@ private fun base64(values: FloatArray): String {
     return Base64.getEncoder().encodeToString(buffer.array())
 }
 
-private fun ints(json: Json) = json.items().map { it.int() }
+private fun ints(json: Json) = json.items().map { it.int(-1) }
 
 private fun pixels(value: ByteArray): Map<String, Any?> = mapOf(
     "size" to value.size,
