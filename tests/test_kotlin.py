@@ -4,6 +4,7 @@ Its sources are compiled here and asked in one JVM. Skipped, visibly, where Java
 Not covered: Android, whose decoder, engine and activity are a sample that has not run (runtimes/kotlin/README.md).
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer, pre_tokenizers
 
 from runtimes import keys, memory, verify
-from runtimes.bundle import read_bundle
+from runtimes.bundle import file_digest, read_bundle
 from runtimes.generate import Sampling, TextStream, log_softmax, scores
 from runtimes.manifest import BundleError, parse_json, parse_manifest
 from runtimes.preprocess import (
@@ -33,6 +34,7 @@ from runtimes.preprocess import (
     settings_from_config,
 )
 from runtimes.prompt import END, IMAGE, ImagePart, Message, PromptEncoder
+from runtimes.runner import graph_paths
 from runtimes.tensorfile import TensorFileError, read_header, write_tensors
 from tests.kotlin_port import Port, PortError, bits, class_path, doubles, encoded, floats, same_bytes
 
@@ -127,16 +129,12 @@ def altered(bundle: Path, out: Path, edits: dict[str, Callable[[str], str]], nam
 
 def fit_manifest(copy: Path) -> None:
     """Sizes and digests in a manifest by what lies there now; the report is of that payload."""
-    from runtimes.bundle import file_digest
-
     path = copy / "manifest.json"
     content = json.loads(path.read_text("utf-8"))
     for entry in content["files"]:
         entry["size"] = (copy / entry["path"]).stat().st_size
         entry["sha256"] = file_digest(copy / entry["path"])
     lines = sorted(f"{f['path']}\t{f['size']}\t{f['sha256']}\n" for f in content["files"] if f["role"] == "payload")
-    import hashlib
-
     content["payload_digest"] = hashlib.sha256("".join(lines).encode()).hexdigest()
     path.write_text(json.dumps(content), "utf-8")
 
@@ -474,9 +472,12 @@ def test_json_that_python_refuses_is_refused(port: Port, data: st.DataObject) ->
             port.ask("json", text=encoded(text.encode()))
         return
     try:
-        assert port.ask("json", text=encoded(text.encode())) == wanted
+        found = port.ask("json", text=encoded(text.encode()))
     except PortError as exc:
-        assert re.search("half of a surrogate pair|beyond 64 bits", str(exc))
+        if re.search(r"half of a surrogate pair|beyond 64 bits", str(exc)):
+            return
+        raise
+    assert found == wanted
 
 
 @pytest.mark.parametrize(
@@ -920,12 +921,10 @@ def test_scores_and_choices_are_equal(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1), ("temperature", 1e999), ("top_p", 0), ("top_p", 1.5), ("repetition_penalty", 0)],
+    [("temperature", -1), ("top_k", -1), ("top_p", 0), ("top_p", 1.5), ("repetition_penalty", 0)],
 )
 def test_sampling_out_of_range_is_refused_by_name(port: Port, field: str, value: float) -> None:
     fields = {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1} | {field: value}
-    if value == 1e999:
-        return
     with pytest.raises(PortError, match=field):
         port.ask("scores", logits=encoded(np.zeros(3, np.float32)), seen=[], **fields)
 
@@ -976,7 +975,7 @@ def test_a_cache_moves_into_a_roomier_one(port: Port) -> None:
     ("ids", "past", "complaint"),
     [
         ([], 0, "no tokens"),
-        ([1] * 5, 96, "5 tokens after the 96"),
+        ([1] * 5, 96, "5 tokens after the 96 so far"),
         ([-1], 0, "ids from -1"),
         ([50], 0, "to 50, want 0 to 49"),
     ],
@@ -988,8 +987,6 @@ def test_tokens_that_cannot_run_are_refused(port: Port, ids: list[int], past: in
 
 
 def test_graphs_are_found_by_their_dtype(port: Port, tiny_bundle: Path) -> None:
-    from runtimes.runner import graph_paths
-
     for name, path in graph_paths(read_bundle(tiny_bundle)).items():
         assert port.ask("graph", bundle=str(tiny_bundle), name=name) == str(path)
 

@@ -1,6 +1,6 @@
 package smolport
 
-/** What cannot be used: a bundle, an image, a chat, an argument. The message names the file, the field, what was found and what is wanted. */
+/** What cannot be used: a bundle, an image, a chat. The message names the file, the field, what was found and wanted. */
 class BadInput(message: String, cause: Throwable? = null) : Exception(message, cause)
 
 /** [text] on one line, without control characters, at most [most] characters: what comes from a file and goes into a message. */

@@ -19,7 +19,8 @@ class Case(
 
     fun image(i: Int): Rgb {
         val shape = data.tensors["$name.image.$i"]?.shape ?: emptyList()
-        if (shape.size != 3 || shape.any { it > Int.MAX_VALUE }) throw BadInput("case ${shown(name)}: image $i has shape $shape, want [H, W, 3]")
+        if (shape.size != 3 || shape.any { it > Int.MAX_VALUE })
+            throw BadInput("case ${shown(name)}: image $i has shape $shape, want [H, W, 3]")
         return Rgb(shape[1].toInt(), shape[0].toInt(), data.bytes("$name.image.$i", "U8", -1, -1, 3))
     }
 

@@ -44,7 +44,9 @@ fun main(arguments: Array<String>) {
             exitProcess(0)
         }
         val key = option("--key")
-        val least = option("--min-version")?.let { it.toLongOrNull() ?: throw BadInput("--min-version is ${shown(it)}, want a number") }
+        val least = option("--min-version")?.let {
+            it.toLongOrNull() ?: throw BadInput("--min-version is ${shown(it)}, want a number")
+        }
         if (least != null && key == null) throw BadInput("--min-version: wants --key too: an unsigned version says nothing")
         val allowPending = flag("--allow-pending")
         if (left.size != 1 || left[0].startsWith("--")) throw BadInput("want one BUNDLE\n$USAGE")

@@ -16,7 +16,7 @@ object Chunks {
     fun check(ids: List<Int>, past: Int, text: TextLimits) {
         if (ids.isEmpty()) throw BadInput("no tokens to run")
         if (past.toLong() + ids.size > text.context)
-            throw BadInput("${ids.size} tokens after the $past of the conversation so far do not fit into the context of ${text.context}")
+            throw BadInput("${ids.size} tokens after the $past so far do not fit into the context of ${text.context}")
         if (ids.min() < 0 || ids.max() >= text.vocab)
             throw BadInput("token ids from ${ids.min()} to ${ids.max()}, want 0 to ${text.vocab - 1}")
     }

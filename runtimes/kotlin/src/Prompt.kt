@@ -69,7 +69,8 @@ class PromptEncoder(private val tokenizer: Tokenizer, private val tokensPerTile:
         val found = ids.filter { it in specialIds }
         if (found.sorted() != wanted.sorted()) {
             val wrong = (found + wanted).first { id -> found.count { it == id } != wanted.count { it == id } }
-            throw BadInput("texts give ${found.count { it == wrong }} tokens ${tokenizer.token(wrong)} where the chat has ${wanted.count { it == wrong }}")
+            val (given, right) = found.count { it == wrong } to wanted.count { it == wrong }
+            throw BadInput("texts give $given tokens ${tokenizer.token(wrong)} where the chat has $right")
         }
         return ids
     }

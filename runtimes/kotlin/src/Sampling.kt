@@ -11,7 +11,8 @@ class Sampling(
     val repetitionPenalty: Double = 1.0,
 ) {
     init {
-        if (!(temperature >= 0 && temperature < Double.POSITIVE_INFINITY)) throw BadInput("temperature is $temperature, want 0 or more")
+        if (!(temperature >= 0 && temperature < Double.POSITIVE_INFINITY))
+            throw BadInput("temperature is $temperature, want 0 or more")
         if (topK < 0) throw BadInput("top_k is $topK, want 0 or more")
         if (!(topP > 0 && topP <= 1)) throw BadInput("top_p is $topP, want above 0, at most 1")
         if (!(repetitionPenalty > 0 && repetitionPenalty < Double.POSITIVE_INFINITY))

@@ -174,7 +174,9 @@ class Tokenizer private constructor(
             val model = json["model"]
             model.want("type", "BPE")
             for (key in listOf("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-                model.find(key)?.let { if (!it.isNull && !(it.isString && it.string() == "")) throw BadInput("${it.where} is given, want null") }
+                model.find(key)?.let {
+                    if (!it.isNull && !(it.isString && it.string() == "")) throw BadInput("${it.where} is given, want null")
+                }
             for (key in listOf("fuse_unk", "byte_fallback", "ignore_merges")) if (model.find(key) != null) model.want(key, false)
             val vocab = HashMap<String, Int>()
             for ((token, id) in model["vocab"].entries()) vocab[token] = id.int(0, MOST_ID)
