@@ -5,6 +5,7 @@ Not covered: Android, whose decoder, engine and activity are a sample that has n
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -705,6 +706,24 @@ def test_a_long_word_takes_no_quadratic_time_and_gives_the_same_tokens(port: Por
     texts = ["the" * 40_000, "é" * 50_000, " " * 50_000, "a1" * 20_000, "'s" * 20_000]
     library = Tokenizer.from_file(path)
     assert port.ask("tokens", tokenizer=path, texts=texts, plain=False) == [library.encode(t).ids for t in texts]
+
+
+def test_pairs_are_joined_in_the_librarys_order_where_many_overlap(port: Port, folder: Path, tmp_path: Path) -> None:
+    """A vocabulary of words of up to four of three letters, merges in any order: pairs stand in each other's way."""
+    random = np.random.default_rng(3)
+    words = [w for n in range(1, 5) for w in map("".join, itertools.product("abc", repeat=n))]
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["added_tokens"] = []
+    content["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    pairs = [[w[:i], w[i:]] for w in words for i in range(1, len(w))]
+    texts = ["".join(random.choice(list("abc"), 40)) for _ in range(500)]
+    for turn in range(4):
+        content["model"]["merges"] = [pairs[i] for i in random.permutation(len(pairs))]
+        path = tmp_path / f"{turn}.json"
+        path.write_text(json.dumps(content), "utf-8")
+        library = Tokenizer.from_file(str(path))
+        found = port.ask("tokens", tokenizer=str(path), texts=texts, plain=False)
+        assert found == [library.encode(t).ids for t in texts]
 
 
 @settings(max_examples=200)
