@@ -37,7 +37,7 @@ test-devices: $(STAMP)  ## fake devices: adbd in a network namespace, sshd, ARM6
 	@$(PY) -m runtimes.native.build --target=linux-arm64 --emulator || true
 	@$(PY) -m pytest --devices tests/test_adb.py tests/test_arm64.py tests/test_ssh.py
 
-CLIENTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,transformersjs web page serve kotlin swift)))
+CLIENTS := $(addprefix tests/test_,$(addsuffix .py,report transformersjs web page kotlin swift))
 test-clients: $(STAMP)  ## what clients run: Node, headless Chromium, the server, Kotlin, Swift; fetches what it can, skips what is missing
 	@$(PY) -m tests.clients
 	@$(PY) -m pytest --clients $(CLIENTS)
@@ -121,7 +121,7 @@ $(ASKED): | $(STAMP)
 	@mv $@.partial $@
 
 clean:  ## remove the demo's bundles and every cache (.venv and other builds stay)
-	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis runtimes/web/node_modules
+	@rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis runtimes/web/node_modules tests/kotlin/node_modules
 	@find $(wildcard benchmarks demo device_harness export quantize router_client runtimes tests) -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: where an index is named it gives torch alone, and later steps find it installed.

@@ -320,7 +320,7 @@ window.onload = () => {{
 </script>"""
 
 
-@pytest.mark.browser
+@pytest.mark.client
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page_without_scrolling_sideways_or_text_over_text(
     width: int, full: list[str], tmp_path: Path

@@ -243,8 +243,9 @@ def test_no_lock_file_names_an_index() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert "://" not in constraints
     assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+", line) for line in constraints.splitlines())
-    lock = json.loads((ROOT / "runtimes" / "web" / "package-lock.json").read_text(encoding="utf-8"))
-    assert [name for name, package in lock["packages"].items() if "resolved" in package] == []
+    for folder in ("runtimes/web", "tests/kotlin"):
+        lock = json.loads((ROOT / folder / "package-lock.json").read_text(encoding="utf-8"))
+        assert [name for name, package in lock["packages"].items() if "resolved" in package] == []
 
 
 def make(*arguments: str, python: Path) -> subprocess.CompletedProcess[str]:
