@@ -6,6 +6,7 @@ where Node, npm or Chromium is missing or no package registry answers. Not cover
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import pytest
 
+from runtimes.ask import ask
 from runtimes.preprocess import ImageSettings, read_settings
 from runtimes.prompt import ImagePart, Message, PromptEncoder
 from runtimes.publish import publish
@@ -401,3 +403,60 @@ def test_the_engine_that_transformersjs_takes_by_itself_cannot_look_up_our_embed
 
     with pytest.raises(Error, match=r"implementation for GatherBlockQuantized.*embed_tokens"):
         run_browser(chromium, published, [], isolated=False, engine=DEFAULT)
+
+
+# ---- the guide
+
+GUIDE = HERE.parents[1] / "runtimes" / "TRANSFORMERSJS.md"
+SAMPLES = HERE.parents[1] / "demo" / "samples"
+QUESTION = "What is the total?"
+
+
+def guide_blocks() -> list[str]:
+    """The JavaScript of the guide: the program for Node, the settings for a browser."""
+    node, browser = re.findall(r"^```js\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [node, browser]
+
+
+def answer_of_python(bundle: Path) -> str:
+    """What `runtimes.ask` says about the sample, whose resizing is Pillow's."""
+    asked = ask(bundle, QUESTION, [SAMPLES / "form.png"])
+    return asked.answer.text.strip()
+
+
+def test_the_guide_s_program_answers_in_node(workspace: Path, quick_bundle: Path) -> None:
+    wanted = json.loads((HERE.parents[1] / "runtimes" / "web" / "package.json").read_text(encoding="utf-8"))
+    assert f"@huggingface/transformers@{wanted['dependencies']['@huggingface/transformers']}\n" in GUIDE.read_text()
+    (workspace / "ask.mjs").write_text(guide_blocks()[0], encoding="utf-8")
+    command = ["node", str(workspace / "ask.mjs"), str(quick_bundle), str(SAMPLES / "form.png"), QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = answer_of_python(quick_bundle)
+    assert answer
+    assert done.stdout.strip() == answer
+
+
+@pytest.mark.client
+def test_the_guide_s_settings_answer_in_a_browser(chromium: Chromium, published: Path, quick_bundle: Path) -> None:
+    program, settings = guide_blocks()
+    after = program[program.index("const processor") :].replace(
+        "from_pretrained(id)", 'from_pretrained(id, { device: "wasm" })'
+    )
+    script = f"""async ([id, picture, question]) => {{
+        const lib = await import("/transformers.min.js");
+        const {{ AutoModelForImageTextToText, AutoProcessor, env, load_image }} = lib;
+        let said = "";
+        class TextStreamer extends lib.TextStreamer {{
+          constructor(tokenizer, options) {{
+            super(tokenizer, {{ ...options, callback_function: (text) => (said += text) }});
+          }}
+        }}
+        {settings}{after}
+        return said;
+    }}"""
+    shutil.copyfile(SAMPLES / "form.png", published / "form.png")
+    with serving(published, isolated=False) as server, chromium.page() as page:
+        page.goto(server.url)
+        said = page.evaluate(script, ["demo", "/form.png", QUESTION])
+        assert chromium.outside(server.url) == []
+    assert said.strip() == answer_of_python(quick_bundle)
