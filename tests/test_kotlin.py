@@ -1013,8 +1013,9 @@ def test_graphs_are_found_by_their_dtype(port: Port, tiny_bundle: Path) -> None:
 # ---- the judgement of an engine's outputs
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.02, 0.2, 2.0])
-def test_outputs_are_judged_as_verify_judges_them(port: Port, tiny_bundle: Path, noise: float) -> None:
+@pytest.mark.parametrize(("noise", "other"), [(0, 0), (1e-3, 0), (0.02, 0), (0.2, 0), (2, 0), (0, 1), (0, -1)])
+def test_outputs_are_judged_as_verify_judges_them(port: Port, tiny_bundle: Path, noise: float, other: int) -> None:
+    """`other`: the place, by its logit, of the token that comes out as the first one: the second best, or the last."""
     bundle = read_bundle(tiny_bundle)
     limits = verify.bundle_limits(bundle)
     for index, case in enumerate(verify.read_cases(tiny_bundle)):
@@ -1023,8 +1024,11 @@ def test_outputs_are_judged_as_verify_judges_them(port: Port, tiny_bundle: Path,
             (a + noise * a.std() * random.normal(size=a.shape) if a.size else a).astype(np.float32)
             for a in (case.features, case.logits)
         )
+        chosen = np.argsort(-case.logits[0])[other]
+        logits[0, chosen] = max(logits[0, chosen], logits[0].max() + (other != 0))
         out = verify.Outputs(True, case.grids, case.ids, features, logits)
         wanted = verify.compare([(case, out)], **limits)
+        assert other != -1 or any("greedy token 0" in str(fault) for fault in wanted.faults)
         asked = {"bundle": str(tiny_bundle), "case": index, "logits": encoded(logits)}
         found = port.ask("verdict", features=encoded(features), **asked)
         near = [np.int64(found[key]).view(np.float64) for key in ("features", "logits")]

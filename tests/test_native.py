@@ -204,9 +204,17 @@ def another_answer(rows: list[dict[str, Any]]) -> None:
     rows[1]["tokens"][1] += 1
 
 
+def another_end(rows: list[dict[str, Any]]) -> None:
+    rows[0]["tokens"][-1] += 1  # is never fed, so no logit differs
+
+
 def test_a_changed_case_is_a_fault(native: Built, demo_bundle: Path, tmp_path: Path) -> None:
     for i, (change, what) in enumerate(
-        ((another_question, "relative error of logits"), (another_answer, "greedy token 1"))
+        (
+            (another_question, "relative error of logits"),
+            (another_answer, "greedy token 1"),
+            (another_end, "greedy token 7"),
+        )
     ):
         done = run(native, changed(demo_bundle, tmp_path / str(i), cases=change), "--self-test")
         assert done.returncode == 1, done.stderr

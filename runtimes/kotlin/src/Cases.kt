@@ -123,6 +123,8 @@ class Limits(val features: Double, val logits: Double) {
 /** The judgement of an engine's outputs for a case; [faults] is empty where it passed. */
 class Verdict(val featuresError: Double, val logitsError: Double, val equal: Int, val ties: Int, val faults: List<String>) {
     companion object {
+        private const val TIE_WIDTH = 4.0 // FORMAT.md, "Golden cases", 5
+
         /** Compares [features] and [logits], shaped as in [case], of which the tokens were fed one by one. */
         fun of(case: Case, features: FloatArray, logits: FloatArray, limits: Limits): Verdict {
             val vocab = case.logits().size / case.tokens.size
@@ -142,9 +144,9 @@ class Verdict(val featuresError: Double, val logitsError: Double, val equal: Int
                 val row = wanted.copyOfRange(i * vocab, (i + 1) * vocab)
                 val found = logits.copyOfRange(i * vocab, (i + 1) * vocab)
                 val best = Sampling.best(found)
-                val error = row.indices.maxOf { abs(found[it] - row[it]) }
+                val width = TIE_WIDTH * limits.logits * sqrt(row.sumOf { it.toDouble() * it } / vocab)
                 if (best == token) equal++
-                else if (row[token] - row[best] <= 2 * error) ties++
+                else if (abs(row[token].toDouble() - row[best]) <= width) ties++
                 else faults += "greedy token $i is $best, want $token"
             }
             return Verdict(featuresError, logitsError, equal, ties, faults)
