@@ -26,6 +26,16 @@ START, END = "<|im_start|>", "<end_of_utterance>"
 ROLES = ("user", "assistant", "system")
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which a byte-level BPE spells bytes: printable ones stand for themselves."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in kept]
+    return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTES = _byte_alphabet()
+
+
 @dataclass(frozen=True)
 class ImagePart:
     """The place of an image in a message; `rows` and `cols` are its `Tiles` grid (0, 0: not split)."""
@@ -124,7 +134,8 @@ class PromptEncoder:
             ids[token] = found
         self.image_id: int = ids[IMAGE]
         self.end_id: int = ids[END]
-        added = tokenizer.get_added_tokens_decoder().values()
+        self._added = tokenizer.get_added_tokens_decoder()
+        added = self._added.values()
         special = {t.content for t in added if t.special and t.content} | set(ids)
         self._special_ids = frozenset(tokenizer.token_to_id(t) for t in special)
         self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)))
@@ -194,6 +205,20 @@ class PromptEncoder:
 
     def _count(self, ids: list[int]) -> Counter[int]:
         return Counter(i for i in ids if i in self._special_ids)
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token: a text of more than n times as many has more than n tokens."""
+        return max(len(self.token_bytes(i)) for i in range(self.tokenizer.get_vocab_size()))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; of a special one those of its name, of an unknown id none."""
+        name = self.tokenizer.id_to_token(token)
+        if name is None:
+            return b""
+        if token in self._added:
+            return str(name).encode()
+        return bytes(BYTES[c] for c in name) if BYTES.keys() >= set(name) else str(name).encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -34,6 +34,10 @@ class InputError(ValueError):
     """What was given cannot be run: wrong shapes, unknown tokens, a prompt beyond the context."""
 
 
+class ContextError(InputError):
+    """More tokens than the context holds."""
+
+
 class EngineError(RuntimeError):
     """The engine failed, or computed what no model computes (NaN)."""
 
@@ -203,7 +207,7 @@ def check_tokens(ids: Sequence[int], features: Floats | None, past: int, keep: i
         raise InputError("no tokens to run")
     if past + len(ids) > settings.context:
         already = f" after the {past:,} of the conversation so far" if past else ""
-        raise InputError(f"{len(ids):,} tokens{already} do not fit into the context of {settings.context:,}")
+        raise ContextError(f"{len(ids):,} tokens{already} do not fit into the context of {settings.context:,}")
     if min(ids) < 0 or max(ids) >= settings.vocab:
         raise InputError(f"token ids from {min(ids)} to {max(ids)}, want 0 to {settings.vocab - 1}")
     if not 0 <= keep <= len(ids):

@@ -40,9 +40,11 @@ PACKAGES: dict[str, set[str]] = {
 
 # for one file alone: what only some systems or uses have, imported where it is used
 FILE_PACKAGES = {
+    "runtimes/api.py": {"starlette", "uvicorn"},
     "runtimes/coreml.py": {"coremltools"},
     "runtimes/keys.py": {"nacl"},
     "runtimes/publish.py": {"huggingface_hub"},
+    "runtimes/serve.py": {"starlette", "uvicorn"},
 }
 
 # Names of what is made on a machine and is no part of the project, as patterns.
