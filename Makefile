@@ -10,12 +10,12 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET DEVICE RUNNER EMULATOR
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET DEVICE RUNNER EMULATOR ADDRESS PORT
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify publish pull native devices run-device ask quality search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size test-devices check train train-adapter export-android export-ios verify publish pull native devices run-device ask serve quality search bench bench-kernels report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -74,6 +74,9 @@ native: $(STAMP)  ## [TARGET=linux-arm64] [OUT=folder]: the runner for devices, 
 ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
 	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
 
+serve: $(STAMP)  ## BUNDLE=folder [ADDRESS=127.0.0.1] [PORT=8080] [KEY_ENV=variable]: an OpenAI-compatible server; elsewhere than loopback it needs a key
+	@$(PY) -m runtimes.serve $${ADDRESS:+--host="$$ADDRESS"} $${PORT:+--port="$$PORT"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
+
 quality: $(STAMP)  ## BUNDLE=folder DATA=file [MODEL=reference [LORA=adapter]] [IMAGES=folder] [OUT=folder] [ENDPOINT=url ENDPOINT_MODEL=name [KEY_ENV=variable]]
 	@$(PY) -m benchmarks.quality --data="$${DATA:?is missing: documents.jsonl, or the file of a data set}" $${MODEL:+--model="$$MODEL"} $${LORA:+--lora="$$LORA"} $${IMAGES:+--images="$$IMAGES"} $${OUT:+--out="$$OUT"} $${ENDPOINT:+--endpoint="$$ENDPOINT"} $${ENDPOINT_MODEL:+--endpoint-model="$$ENDPOINT_MODEL"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
@@ -120,6 +123,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)') "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --editable '.[export,ios,bench,demo,sign,dev]'
+	$(PIP) --editable '.[export,ios,bench,demo,sign,serve,dev]'
 	$(PIP) --no-deps --upgrade --target .venv/oracle "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@

@@ -18,7 +18,7 @@ from runtimes.service import Began, Ended, Event, Failed, Job, Piece, Service, i
 if TYPE_CHECKING:
     import uvicorn
     from starlette.responses import Response
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 BODY_S = 30.0  # for a request's body to come
@@ -101,6 +101,9 @@ def make_app(service: Service, access: Access) -> "ASGIApp":
         assert isinstance(exc, HTTPException)
         return error_response(ApiError(exc.status_code, f"{exc.detail}".lower(), "not_found"))
 
+    async def unforeseen(*_: object) -> "Response":
+        return error_response(ApiError(500, "an error of the server", "internal_error"))
+
     app = Starlette(
         routes=[
             Route("/health", health),
@@ -108,7 +111,7 @@ def make_app(service: Service, access: Access) -> "ASGIApp":
             Route("/v1/models/{name:path}", one_model),
             Route("/v1/chat/completions", Completions(service), methods=["POST"]),
         ],
-        exception_handlers={ApiError: api_error, HTTPException: http_error},
+        exception_handlers={ApiError: api_error, HTTPException: http_error, Exception: unforeseen},
     )
 
     async def guarded(scope: "Scope", receive: "Receive", send: "Send") -> None:
@@ -117,22 +120,13 @@ def make_app(service: Service, access: Access) -> "ASGIApp":
             await app(scope, receive, send)
             return
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        begun = False
-
-        async def sending(message: "Message") -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         try:
             access.check(headers, key=scope["path"] != "/health")
-            await app(scope, receive, sending)
+            await app(scope, receive, send)
         except ApiError as exc:
             await error_response(exc)(scope, receive, send)
         except Exception as exc:  # noqa: BLE001  # uvicorn would log its words, and a request's may be among them
-            service.log(internal(exc))
-            if not begun:
-                await error_response(ApiError(500, "an error of the server", "internal_error"))(scope, receive, send)
+            service.log(internal(exc))  # Starlette has answered
 
     if not access.origins:
         return guarded

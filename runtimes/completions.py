@@ -422,8 +422,9 @@ class Writer:
 def token_entry(encoder: PromptEncoder, token: Token) -> dict[str, Any]:
     """OpenAI's object for a token with its log-probability.
 
-    `token` is text where the token's bytes are (a character may be spread over several), `bytes` is exact. The first
-    token of an answer begins with the space that the message leaves out.
+    `bytes` is exact, and null for a special token, which is in no text; `token` is its name, or text as far as the
+    bytes are (a character may be spread over several). The first token of an answer begins with the space that the
+    message leaves out.
     """
     top = [_token(encoder, *pair) for pair in token.top]
     return _token(encoder, token.id, token.logprob) | {"top_logprobs": top}
@@ -431,4 +432,6 @@ def token_entry(encoder: PromptEncoder, token: Token) -> dict[str, Any]:
 
 def _token(encoder: PromptEncoder, token: int, logprob: float) -> dict[str, Any]:
     data = encoder.token_bytes(token)
+    if data is None:
+        return {"token": encoder.tokenizer.id_to_token(token) or "", "logprob": logprob, "bytes": None}
     return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}

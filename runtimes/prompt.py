@@ -208,17 +208,17 @@ class PromptEncoder:
 
     @cached_property
     def longest(self) -> int:
-        """Bytes of the longest token: a text of more than n times as many has more than n tokens."""
-        return max(len(self.token_bytes(i)) for i in range(self.tokenizer.get_vocab_size()))
+        """Bytes of the longest token that text gives: n tokens are at most n times as many bytes of text."""
+        return max(len(self.token_bytes(i) or b"") for i in range(self.tokenizer.get_vocab_size()))
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; of a special one those of its name, of an unknown id none."""
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token adds to a text; None for a special token, and for an id beyond the tokenizer."""
         name = self.tokenizer.id_to_token(token)
-        if name is None:
-            return b""
-        if token in self._added:
-            return str(name).encode()
-        return bytes(BYTES[c] for c in name) if BYTES.keys() >= set(name) else str(name).encode()
+        if name is None or token in self._special_ids:
+            return None
+        if token not in self._added and BYTES.keys() >= set(name):
+            return bytes(BYTES[c] for c in name)
+        return str(name).encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

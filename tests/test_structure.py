@@ -330,7 +330,13 @@ def test_make_hands_over_a_device_and_what_runs_on_it(echo: Path) -> None:
     assert json.loads(done.stdout) == ["-m", "device_harness.run", *want]
 
 
-@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality", "search", "run-device"])
+def test_make_hands_over_where_to_listen(echo: Path) -> None:
+    assert json.loads(make("serve", "BUNDLE=b b", python=echo).stdout) == ["-m", "runtimes.serve", "--", "b b"]
+    done = make("serve", "BUNDLE=b", "ADDRESS=::", "PORT=0", "KEY_ENV=K", python=echo)
+    assert json.loads(done.stdout)[2:] == ["--host=::", "--port=0", "--key-env=K", "--", "b"]
+
+
+@pytest.mark.parametrize("action", ["ask", "serve", "verify", "export-android", "quality", "search", "run-device"])
 def test_make_says_what_is_missing(action: str, echo: Path) -> None:
     done = make(action, python=echo)
     assert done.returncode != 0
