@@ -64,7 +64,7 @@ def prove(
     *,
     source: WeightSource | None = None,
 ) -> dict[str, Any]:
-    """Proves the pending bundle in `folder`; writes cases/, report.json and report.md there.
+    """Proves the pending bundle in `folder`; writes cases/, report.json, report.md and the target's own there.
 
     Args:
         weights: the full-precision model.
@@ -86,6 +86,7 @@ def prove(
     progress("weights and graphs, byte for byte")
     if different := target.different():
         raise ProofError("the payload is not what the recipe makes of the checkpoint: " + "; ".join(different[:10]))
+    evidence = target.evidence()
     progress("reference with dequantized weights: golden cases")
     dequantized = Reference(checkpoint, spec, target.stored())
     cases = [
@@ -162,6 +163,8 @@ def prove(
     write_cases(folder, cases)
     (folder / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(report_text(report), encoding="utf-8")
+    for name, text in evidence.items():
+        (folder / name).write_text(text, encoding="utf-8")
     return report
 
 

@@ -14,7 +14,7 @@ from quantize.int4 import F32
 from quantize.recipe import Recipe
 from runtimes.bundle import Bundle
 from runtimes.coreml import Executed
-from runtimes.manifest import BundleError
+from runtimes.manifest import OPERATORS, BundleError
 from runtimes.runner import Runner
 
 HALF_LIMIT = 0.02  # relative L2: what rounding to fp16 after each operation may change
@@ -31,6 +31,7 @@ class Target:
     shipped: the payload as a device computes it.
     faults: after both have run, what else speaks against the payload.
     extra: after both have run, entries for the report.
+    evidence: makes files that a device's developer needs and a runner does not, by name.
     features_limit, logits_limit: of the difference between the two, relative L2.
     elsewhere: how many times the error of this machine another one may show; None: only the limits hold.
     """
@@ -42,6 +43,7 @@ class Target:
     shipped: Callable[[], Runner]
     faults: Callable[[], list[str]]
     extra: Callable[[], dict[str, Any]]
+    evidence: Callable[[], dict[str, str]]
     features_limit: float
     logits_limit: float
     elsewhere: float | None
@@ -75,6 +77,7 @@ def need_coremltools() -> None:
 
 def _onnx(bundle: Bundle, spec: ModelSpec, weights: WeightSource, recipe: Recipe) -> Target:
     from export.onnx_graphs import GRAPHS, check_graphs, twin_graph
+    from export.operators import required_operators
     from runtimes.ort import OrtRunner
 
     folder = bundle.folder / "onnx"
@@ -90,9 +93,10 @@ def _onnx(bundle: Bundle, spec: ModelSpec, weights: WeightSource, recipe: Recipe
         shipped=lambda: OrtRunner(bundle),
         faults=list,
         extra=dict,
+        evidence=lambda: {OPERATORS: required_operators(bundle)},
         features_limit=recipe.limits.activation_features,
         logits_limit=recipe.limits.activation_logits,
-        elsewhere=2,  # ARM and x86 agreed to a tenth of it; kernels that ignore zero points double it, and are caught
+        elsewhere=2,  # ARM and x86 agreed to a tenth of it; kernels without zero points: 1.5 times
     )
 
 
@@ -127,6 +131,7 @@ def _coreml(bundle: Bundle, spec: ModelSpec, weights: WeightSource, recipe: Reci
         twin=lambda: CoreMLRunner(bundle, load=ideal),
         shipped=shipped,
         faults=faults,
+        evidence=dict,
         extra=lambda: {"fp16_range": fp16_range(half)},
         features_limit=HALF_LIMIT,
         logits_limit=HALF_LIMIT,

@@ -12,6 +12,8 @@ from typing import Any, Union, get_args, get_origin
 
 SCHEMA = 3  # the manifests that this module writes
 LEAST_READER = 1  # the oldest reader that understands them: what came later (ADDED) may be ignored
+OPERATORS = "required_operators.config"
+EVIDENCE = ("report.json", "report.md", OPERATORS)  # beside cases/
 MANIFEST = "manifest.json"
 SIGNATURE = (
     "manifest.json.sig"  # beside it where the bundle is signed (runtimes/keys.py); the manifest does not list it
@@ -181,8 +183,8 @@ def payload_digest(files: Iterable[FileEntry]) -> str:
 
 
 def role_of(path: str) -> str:
-    """The role that `write_manifest` gives a file: what lies in cases/ and the reports are evidence."""
-    return "evidence" if path.startswith("cases/") or path in ("report.json", "report.md") else "payload"
+    """The role that `write_manifest` gives a file: what lies in cases/, the reports and the operators are evidence."""
+    return "evidence" if path.startswith("cases/") or path in EVIDENCE else "payload"
 
 
 def load_json(path: Path) -> Json:

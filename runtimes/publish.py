@@ -3,8 +3,7 @@
     python -m runtimes.publish BUNDLE TARGET [--sign PRIVATE_KEY]
 
 TARGET is a new folder (to be served by any web server), or hf://org/name[/folder][@branch], which gets one commit.
-The bundle itself is only read. Not covered: replaying the golden cases, which `runtimes.verify` does; and a bundle that
-changes while a hub's client reads it, which whoever pulls it finds out.
+The bundle itself is only read. Not covered: replaying the golden cases, which `runtimes.verify` does.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from runtimes.bundle import Bundle, read_bundle, stage_bundle
 from runtimes.keys import SIGNATURE_BYTES, sign
-from runtimes.manifest import MANIFEST, SIGNATURE, BundleError, parse_json, parse_manifest
+from runtimes.manifest import MANIFEST, SIGNATURE, BundleError, FileEntry, parse_json, parse_manifest
 from runtimes.source import (
     HUB,
     HUB_ID,
@@ -34,6 +33,7 @@ from runtimes.source import (
 )
 
 CHUNK = 1 << 20
+IN_MEMORY = 10 << 20  # bytes; a hub takes no larger file within a commit, so all that one holds is checked bytes
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,17 @@ def _to_hub(
         if (standing.text, standing.signature) == (release.text, release.signature):
             return replace(done, was_there=True)
         gone = _superseded(release, standing, target)
+        files = [CommitOperationAdd(below + e.path, _content(release, e)) for e in manifest.files]
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
-            *(CommitOperationAdd(below + e.path, str(release.bundle.folder / e.path)) for e in manifest.files),
+            *files,
             *(CommitOperationAdd(below + path, content) for path, content in release.beside.items()),
             *(CommitOperationDelete(below + path) for path in gone),
         ]
         progress(f"uploading {len(operations) - len(gone)} files")
+        api.preupload_lfs_files(match["name"], files, revision=match["revision"], free_memory=False)
+        for entry, sent in zip(manifest.files, files, strict=True):
+            if sent.upload_info.sha256.hex() != entry.sha256:
+                raise BundleError(f"{release.bundle.folder / entry.path}: has changed; nothing was published")
         api.create_commit(
             match["name"],
             operations,
@@ -187,14 +192,30 @@ def _to_hub(
         )
     except Interrupted as exc:
         raise BundleError(f"{target}: {hub} cannot be reached: {exc}; nothing was published") from exc
+    except BundleError:
+        raise
     except HFValidationError as exc:
         raise BundleError(f"{target}: is no hub id: {exc}") from exc
-    except HfHubHTTPError as exc:
-        login = " (log in: hf auth login, or HF_TOKEN)" if exc.response.status_code in (401, 403) else ""
-        raise BundleError(f"{target}: {hub} answers {exc.response.status_code}{login}; nothing was published") from exc
-    except (HTTPError, OSError) as exc:
-        raise BundleError(f"{target}: cannot be written to {hub}: {exc}; nothing was published") from exc
+    except (HTTPError, OSError, RuntimeError, ValueError, LookupError, TypeError) as exc:
+        # The last four: an answer that the client did not expect, or what the storage of large files refused.
+        cause = exc.__cause__ if isinstance(exc.__cause__, HfHubHTTPError) else exc
+        if isinstance(cause, HfHubHTTPError):  # its own text may have a signed address
+            status = cause.response.status_code
+            login = " (log in: hf auth login, or HF_TOKEN)" if status in (401, 403) else ""
+            raise BundleError(f"{target}: {hub} answers {status}{login}; nothing was published") from exc
+        raise BundleError(f"{target}: cannot be written to {hub}: {exc!r:.300}; nothing was published") from exc
     return done
+
+
+def _content(release: Release, entry: FileEntry) -> str | bytes:
+    """What a hub's client is given: a path of a large file, a small one's bytes. Raises BundleError if it changed."""
+    path = release.bundle.folder / entry.path
+    if entry.size > IN_MEMORY:
+        return str(path)
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise BundleError(f"{path}: has changed; nothing was published")
+    return content
 
 
 def _standing(name: str, folder: str, branch: str, hub: str, token: str | None) -> Standing:

@@ -103,7 +103,8 @@ def serving(serve: Serve | Path) -> Iterator[Server]:
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self.chunks() if "chunked" in self.headers.get("Transfer-Encoding", "") else b""
+            body += self.rfile.read(int(self.headers.get("Content-Length", 0)))
             asked = Asked(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
             running.asked.append(asked)
             answer = running.serve(asked)
@@ -121,6 +122,14 @@ def serving(serve: Serve | Path) -> Iterator[Server]:
                 self.close_connection = True  # the client went
             if answer.cut or answer.stall:
                 self.close_connection = True
+
+        def chunks(self) -> bytes:
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
 
         do_GET = do_HEAD = do_POST = do_PUT = answer  # noqa: N815  # http.server's names
 

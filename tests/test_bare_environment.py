@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from runtimes.bundle import read_bundle
+
 ROOT = Path(__file__).parent.parent
 NEEDED = ("numpy", "onnxruntime", "pillow", "tokenizers")
 
@@ -47,6 +49,20 @@ def test_a_bare_environment_executes_a_core_ml_bundle(python: Path, tiny_ios_bun
     done = bare(python, "-X", "utf8", "-m", "runtimes.ask", *question)
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4
+
+
+def test_a_bare_environment_pulls_and_publishes(python: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    for command in (
+        ("publish", str(tiny_bundle), str(tmp_path / "out")),
+        ("pull", str(tmp_path / "out"), str(tmp_path / "here")),
+    ):
+        done = bare(python, "-m", f"runtimes.{command[0]}", *command[1:])
+        assert done.returncode == 0, done.stderr
+    assert read_bundle(tmp_path / "here").manifest == read_bundle(tiny_bundle).manifest
+    done = bare(python, "-m", "runtimes.pull", str(tmp_path / "out"), str(tmp_path / "there"), "--key", "some.pem")
+    assert done.returncode == 2
+    assert "pip install '.[sign]'" in done.stderr
+    assert not (tmp_path / "there").exists()
 
 
 def test_every_module_of_runtimes_is_imported_where_nothing_else_is_installed(python: Path) -> None:

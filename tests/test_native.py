@@ -16,6 +16,7 @@ import pytest
 from export.onnx_ops import stored_index
 from runtimes.bundle import Bundle, read_bundle, write_manifest
 from runtimes.generate import Sampling, generate
+from runtimes.manifest import SIGNATURE
 from runtimes.native.build import Built, build, source_sha256
 from runtimes.native.packages import BuildError
 from runtimes.ort import OrtRunner
@@ -121,6 +122,13 @@ def test_its_self_test_says_what_verify_says(native: Built, demo_bundle: Path) -
         "ties": parity.ties,
         "faults": [],
     }
+
+
+def test_a_signed_bundle_is_a_bundle(native: Built, demo_bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    (folder / SIGNATURE).write_bytes(bytes(64))
+    done = run(native, folder, "--self-test")
+    assert done.returncode == 0, done.stderr
 
 
 # ---- planted faults

@@ -796,7 +796,7 @@ def test_an_error_of_the_wire_itself_is_500_and_logged_without_words(monkeypatch
         monkeypatch.setattr(runtimes.api, "read_request", failing)
         failed = found.post({"model": NAME, "messages": [user(SECRET)]})
         assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
-        assert any("error: RuntimeError in test_serve.py:" in line for line in found.log)
+        assert wait_for(lambda: any("error: RuntimeError in test_serve.py:" in line for line in found.log))
         assert SECRET not in "".join(found.log)
         assert found.settled()
 

@@ -35,7 +35,7 @@ EXCEPTIONS = {"runtimes/ask.py": {"router_client"}}  # only when a route to a cl
 PACKAGES: dict[str, set[str]] = {
     "quantize": {"numpy"},
     "runtimes": {"numpy", "onnxruntime", "PIL", "tokenizers"},
-    "router_client": set(),
+    "router_client": {"PIL", "httpx2"},
 }
 
 # for one file alone: what only some systems or uses have, imported where it is used

@@ -10,6 +10,7 @@
 #include "files.h"
 
 constexpr int64_t kSchema = 3;  // of manifest.json: the newest that this reader knows
+constexpr const char* kSignature = "manifest.json.sig";  // may lie beside it, unlisted; whoever pulls checks it
 
 struct Entry {
   std::string path, sha256;
@@ -70,7 +71,8 @@ inline Entry read_entry(const Json& entry, const std::string& where) {
   out.size = in_range(entry, "size", where, 0, INT64_C(1) << 50);
   out.sha256 = entry.at("sha256", where).string(where + ": sha256");
   const std::string role = entry.at("role", where).string(where + ": role");
-  if (!safe_path(out.path) || lower(out.path) == "manifest.json" || lower(out.path) == ".manifest.json.partial")
+  const std::string folded = lower(out.path);
+  if (!safe_path(out.path) || folded == "manifest.json" || folded == kSignature || folded == ".manifest.json.partial")
     throw BadInput(where + ": path is " + Json(out.path).dump() + ", want one below the bundle, with forward slashes");
   if (!is_digest(out.sha256)) throw BadInput(where + ": sha256 of " + out.path + " is not 64 hex digits");
   if (role != "payload" && role != "evidence")
@@ -105,6 +107,8 @@ inline Bundle read_manifest(const std::string& folder) {
   if (target != "onnx" || name != "onnxruntime")
     throw BadInput(where + ": target " + target + " on " + name + ", want onnx on onnxruntime");
   out.least_engine = engine.at("least", where + ": engine").string(where + ": engine.least");
+  if (out.least_engine.empty() || out.least_engine.find_first_not_of("0123456789.") != std::string::npos)
+    throw BadInput(where + ": engine.least is " + out.least_engine + ", want digits and dots");
   out.saturates_without_vnni = manifest.at("instruction_set", where)
                                    .at("saturates_without_vnni", where + ": instruction_set")
                                    .boolean(where + ": instruction_set.saturates_without_vnni");
@@ -119,7 +123,7 @@ inline Bundle read_manifest(const std::string& folder) {
   Settings& s = out.settings;
   s.tile_size = in_range(image, "tile_size", in_image, 1, 4096);
   s.seq_len = in_range(image, "tokens_per_tile", in_image, 1, 1 << 16);
-  s.vocab = in_range(text, "vocab", in_text, 1, most);
+  s.vocab = in_range(text, "vocab", in_text, 2, most);  // the image's token is never chosen
   s.hidden = in_range(text, "hidden", in_text, 1, 1 << 16);
   s.layers = in_range(text, "layers", in_text, 1, 1 << 10);
   s.kv_heads = in_range(text, "kv_heads", in_text, 1, 1 << 10);
@@ -145,7 +149,7 @@ inline void check_files(const Bundle& bundle) {
   std::vector<std::string> names;
   list_files(bundle.folder, "", names);
   const std::set<std::string> found(names.begin(), names.end());
-  std::set<std::string> listed = {"manifest.json"};
+  std::set<std::string> listed = {"manifest.json", kSignature};
   for (const Entry& entry : bundle.files) {
     const std::string path = bundle.folder + "/" + entry.path;
     listed.insert(entry.path);
@@ -221,7 +225,7 @@ inline Normalization read_normalization(const Bundle& bundle) {
   triple("image_mean", out.mean);
   triple("image_std", out.std);
   for (const double value : out.std)
-    if (!(value > 0 && value < 1e9)) throw BadInput(where + ": image_std is not positive");
+    if (!(value > 0 && value < 1e9 && static_cast<float>(value) > 0)) throw BadInput(where + ": image_std is not positive");
   for (const double value : out.mean)
     if (!(std::fabs(value) < 1e9)) throw BadInput(where + ": image_mean is too large");
   if (!(out.factor > 0 && out.factor <= 1)) throw BadInput(where + ": rescale_factor is not in (0, 1]");
@@ -271,9 +275,9 @@ class Cases {
         throw BadInput(where + ": has more tokens than the context of " + std::to_string(settings_.context));
       c.tiles = data_.shape(c.name + ".tiles", 4)[0];
       const int64_t images = std::count(c.ids.begin(), c.ids.end(), settings_.image_id);
-      if (images != c.tiles * settings_.seq_len)
+      if (images % settings_.seq_len || images / settings_.seq_len != c.tiles)  // a header may say any number of tiles
         throw BadInput(where + ": its ids have " + std::to_string(images) + " image tokens, its " +
-                       std::to_string(c.tiles) + " tiles want " + std::to_string(c.tiles * settings_.seq_len));
+                       std::to_string(c.tiles) + " tiles want " + std::to_string(settings_.seq_len) + " each");
       tiles(c), features(c), logits(c);  // are there, of the right shape
       all.push_back(std::move(c));
     }

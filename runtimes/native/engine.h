@@ -6,6 +6,7 @@
 
 #include <onnxruntime_c_api.h>
 
+#include <array>
 #include <cmath>
 #include <functional>
 #include <future>
@@ -158,10 +159,17 @@ class Runner {
   Handle<OrtSession> embed_{nullptr, nullptr}, decoder_{nullptr, nullptr}, vision_{nullptr, nullptr};
 
   static bool older(const std::string& version, const std::string& least) {
-    unsigned a[3] = {}, b[3] = {};
-    std::sscanf(version.c_str(), "%u.%u.%u", &a[0], &a[1], &a[2]);
-    std::sscanf(least.c_str(), "%u.%u.%u", &b[0], &b[1], &b[2]);
-    return std::lexicographical_compare(a, a + 3, b, b + 3);
+    const auto numbers = [](const std::string& text) {
+      std::array<unsigned long, 3> out{};
+      const char* at = text.c_str();
+      for (unsigned long& number : out) {
+        char* end = nullptr;
+        number = std::strtoul(at, &end, 10);  // of too many digits: the largest
+        at = *end == '.' ? end + 1 : end;
+      }
+      return out;
+    };
+    return numbers(version) < numbers(least);
   }
 
   Handle<OrtSession> open(const std::string& graph) const {

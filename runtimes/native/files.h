@@ -118,7 +118,7 @@ class File {  // a regular file, open for reading; a link is refused, a pipe doe
 
   std::string sha256() const {
     Sha256 hash;
-    std::vector<char> piece(1 << 20);
+    std::vector<char> piece(std::min<uint64_t>(1 << 20, size_));
     for (uint64_t at = 0; at < size_; at += piece.size()) {
       const uint64_t n = std::min<uint64_t>(piece.size(), size_ - at);
       read(piece.data(), at, n);
@@ -135,7 +135,7 @@ class File {  // a regular file, open for reading; a link is refused, a pipe doe
 
 inline Json read_json(const std::string& path) {
   const File file(path);
-  if (file.size() > (64u << 20)) throw BadInput(path + ": is larger than 64 MiB");
+  if (file.size() > kMostJson) throw BadInput(path + ": is larger than " + std::to_string(kMostJson >> 20) + " MiB");
   std::string text(file.size(), '\0');
   file.read(text.data(), 0, text.size());
   Json content = Json::parse(text, path);
@@ -229,7 +229,7 @@ class TensorFile {
     uint64_t length = 0;
     if (file_.size() >= 8) file_.read(&length, 0, 8);
     if (file_.size() < 8 || length > file_.size() - 8) throw BadInput(path + ": is truncated, or no safetensors file");
-    if (length > (64u << 20)) throw BadInput(path + ": has a header of more than 64 MiB");
+    if (length > kMostJson) throw BadInput(path + ": has a header of more than " + std::to_string(kMostJson >> 20) + " MiB");
     std::string text(length, '\0');
     file_.read(text.data(), 8, length);
     const std::string where = path + ": header";

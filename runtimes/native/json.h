@@ -1,4 +1,5 @@
-// JSON (RFC 8259) in and out. Input is hostile: repeated keys, deep nesting, NaN and broken UTF-8 are refused.
+// JSON (RFC 8259) in and out. Input is hostile: repeated keys, deep nesting, NaN, broken UTF-8 and what would take much
+// memory are refused.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +12,9 @@
 #include <vector>
 
 #include "error.h"
+
+constexpr uint64_t kMostJson = 16 << 20;  // bytes of a text, and
+constexpr size_t kMostValues = 1 << 20;   // values in it, each of a hundred bytes: more than any bundle has
 
 class Json {
  public:
@@ -157,7 +161,7 @@ class Json {
   struct Parser {
     const std::string& text;
     const std::string& where;
-    size_t at = 0;
+    size_t at = 0, values = 0;
 
     [[noreturn]] void fail(const std::string& what) const {
       throw BadInput(where + ": is not JSON: " + what + " at byte " + std::to_string(at));
@@ -185,6 +189,7 @@ class Json {
 
     Json parse_value(int depth) {
       if (depth > 64) fail("it is nested too deeply");
+      if (++values > kMostValues) fail("it has more than " + std::to_string(kMostValues) + " values");
       space();
       switch (peek()) {
         case '{': return parse_object(depth);

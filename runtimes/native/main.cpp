@@ -84,7 +84,7 @@ Arguments parse_arguments(int count, char** words) {
   const int asked = out.help + out.version + out.self_test + !out.out.empty() + !out.digests.empty();
   const bool bundle = out.self_test || !out.out.empty();
   if (asked != 1 || bundle == out.bundle.empty())
-    throw BadInput(std::string("want a BUNDLE with --out or --self-test, or --digests, --version, --help\n") + kUsage);
+    throw BadInput("want a BUNDLE with --out or --self-test, or --digests, --version, --help (which says more)");
   return out;
 }
 
@@ -389,10 +389,10 @@ int main(int count, char** words) {
     if (!arguments.digests.empty()) return digests(arguments.digests);
     return arguments.self_test ? self_test(arguments) : run(arguments);
   } catch (const BadInput& fault) {
-    std::fprintf(stderr, "error: %s\n", fault.what());
+    std::fprintf(stderr, "error: %s\n", printable(fault.what()).c_str());
     return 2;
   } catch (const std::exception& fault) {
-    std::fprintf(stderr, "error: %s\n", fault.what());
+    std::fprintf(stderr, "error: %s\n", printable(fault.what()).c_str());
     return 1;
   }
 }
