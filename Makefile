@@ -123,6 +123,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)') "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --editable '.[export,ios,bench,demo,sign,serve,dev]'
+	$(PIP) --editable '.[export,ios,bench,demo,sign,serve,video,pdf,dev]'
 	$(PIP) --no-deps --upgrade --target .venv/oracle "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@

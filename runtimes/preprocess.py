@@ -5,7 +5,7 @@ The steps (and every rounding in them) follow `SmolVLMImageProcessorPil` of tran
     EXIF-transpose -> RGB on white -> longest edge to `longest_edge` -> sides up to multiples of the
     tile size -> tiles row by row, then the whole image as one tile -> 1/255, mean, std
 
-Not covered: the torchvision processor (another filter), video, and formats that are programs (EPS).
+Not covered: the torchvision processor (other rounding), and formats that are programs (EPS). Videos: video.py.
 """
 
 import io
@@ -138,15 +138,20 @@ def settings_from_config(config: dict[str, Any], where: str) -> ImageSettings:
     )
 
 
-def read_settings(path: Path) -> ImageSettings:
-    """Reads a preprocessor_config.json file. Raises ValueError naming the file and the field."""
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError naming the file."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise ValueError(f"{path}: cannot be read as JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds {type(config).__name__}, want an object")
-    return settings_from_config(config, str(path))
+    return config
+
+
+def read_settings(path: Path) -> ImageSettings:
+    """Reads a preprocessor_config.json file. Raises ValueError naming the file and the field."""
+    return settings_from_config(read_config(path), str(path))
 
 
 def load_image(path: Path | str) -> Image.Image:

@@ -8,7 +8,7 @@ encoded as the characters that it consists of, so that no text can end a turn, o
 an image; Hugging Face does the same if `apply_chat_template` is told to `sanitize_control_tokens`, and by
 default does not. `<image>` in a text is an error: whoever writes it means an image.
 
-Not covered: text that merely looks like a turn ("\\nAssistant: ..."), which is a matter for the model; video.
+Not covered: text that merely looks like a turn ("\\nAssistant: ..."), which is a matter for the model.
 """
 
 import json
@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -54,11 +55,28 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class VideoPart:
+    """The place of a video in a message, each frame a tile: its length, and each frame's time, in whole seconds."""
+
+    seconds: int
+    at: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.at) < 1000 or min(self.seconds, *self.at) < 0:
+            raise ValueError(f"a video of {len(self.at)} frames and {self.seconds} s, want 1 to 999 frames")
+
+    @property
+    def tiles(self) -> int:
+        """One a frame."""
+        return len(self.at)
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn: `role` is "user", "assistant" or "system"; parts are text and images in order."""
+    """One turn: `role` is "user", "assistant" or "system"; parts are text, images and videos in order."""
 
     role: str
-    parts: tuple[str | ImagePart, ...]
+    parts: tuple[str | ImagePart | VideoPart, ...]
 
 
 def image_string(part: ImagePart, seq_len: int) -> str:
@@ -71,6 +89,33 @@ def image_string(part: ImagePart, seq_len: int) -> str:
         for r in range(1, part.rows + 1)
     ]
     return "".join(f"{line}\n" for line in lines) + "\n" + whole
+
+
+ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def number_words(number: int) -> str:
+    """A number from 0 to 999 in English: "three hundred and twenty-one"."""
+    hundreds, rest = divmod(number, 100)
+    tens, ones = divmod(rest, 10)
+    words = ONES[rest] if rest < 20 else TENS[tens] + (f"-{ONES[ones]}" if ones else "")
+    if not hundreds:
+        return words
+    return f"{ONES[hundreds]} hundred" + (f" and {words}" if rest else "")
+
+
+def video_string(part: VideoPart, seq_len: int) -> str:
+    """What stands for a video whose frames are `seq_len` tokens each: length, and each frame with its time."""
+    frame = image_string(ImagePart(0, 0), seq_len)
+    intro = (
+        f"You are provided the following series of {number_words(part.tiles)} frames "
+        f"from a {timedelta(seconds=part.seconds)} [H:MM:SS] video.\n"
+    )
+    return intro + "".join(f"\nFrame from {s // 60:02d}:{s % 60:02d}:{frame}" for s in part.at) + "\n\n"
 
 
 def chat_string(messages: Sequence[Message], seq_len: int, *, reply: bool = True, start: bool = True) -> str:
@@ -99,14 +144,14 @@ def _pieces(messages: Sequence[Message], seq_len: int, reply: bool, start: bool)
             raise ValueError(f"a message's role is {message.role!r}, want one of {', '.join(ROLES)}")
         if not message.parts:
             raise ValueError(f"a {message.role} message without content")
-        yield message.role.capitalize() + (": " if isinstance(message.parts[0], str) else ":"), False
+        yield message.role.capitalize() + (":" if isinstance(message.parts[0], ImagePart) else ": "), False
         text = ""  # neighbouring texts are one: together they may spell what neither does
         for part in message.parts:
             if isinstance(part, str):
                 text += part
                 continue
             yield text, True
-            yield image_string(part, seq_len), False
+            yield image_string(part, seq_len) if isinstance(part, ImagePart) else video_string(part, seq_len), False
             text = ""
         yield text, True
         yield f"{END}\n", False

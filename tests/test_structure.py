@@ -43,8 +43,10 @@ FILE_PACKAGES = {
     "runtimes/api.py": {"starlette", "uvicorn"},
     "runtimes/coreml.py": {"coremltools"},
     "runtimes/keys.py": {"nacl"},
+    "runtimes/pdf.py": {"pypdfium2"},
     "runtimes/publish.py": {"huggingface_hub"},
     "runtimes/serve.py": {"starlette", "uvicorn"},
+    "runtimes/video.py": {"av"},
 }
 
 # Names of what is made on a machine and is no part of the project, as patterns.
