@@ -71,8 +71,8 @@ pull: $(STAMP)  ## SOURCE=hf://org/name@revision-https://...-or-folder OUT=folde
 native: $(STAMP)  ## [TARGET=linux-arm64] [OUT=folder]: the runner for devices, in C++, into build/native
 	@$(PY) -m runtimes.native.build $${TARGET:+--target="$$TARGET"} $${OUT:+--out="$$OUT"}
 
-ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text'
-	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
+ask: $(STAMP)  ## BUNDLE=folder QUESTION='text' [IMAGE=file] [PDF=file [PAGES=1-3]] [VIDEO=file [FRAMES=number]]
+	@$(PY) -m runtimes.ask $${IMAGE:+--image="$$IMAGE"} $${PDF:+--pdf="$$PDF"} $${PAGES:+--pages="$$PAGES"} $${VIDEO:+--video="$$VIDEO"} $${FRAMES:+--frames="$$FRAMES"} -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
 
 serve: $(STAMP)  ## BUNDLE=folder [ADDRESS=127.0.0.1] [PORT=8080] [KEY_ENV=variable]: an OpenAI-compatible server; elsewhere than loopback it needs a key
 	@$(PY) -m runtimes.serve $${ADDRESS:+--host="$$ADDRESS"} $${PORT:+--port="$$PORT"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"

@@ -20,8 +20,9 @@ from runtimes.bundle import Bundle
 from runtimes.generate import GREEDY, Sampling, TextStream, Token, generate
 from runtimes.manifest import BundleError
 from runtimes.preprocess import ImageSettings, Tiles, preprocess, read_settings
-from runtimes.prompt import ImagePart, Message, PromptEncoder
+from runtimes.prompt import ImagePart, Message, PromptEncoder, VideoPart
 from runtimes.runner import Cancelled, ContextError, Floats, InputError, Runner, open_runner
+from runtimes.video import EDGE_TILES, Frames, VideoSettings, read_video_settings
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said: `role` is "user", "assistant" or "system"; texts and images in order."""
+    """What one side said: `role` is "user", "assistant" or "system"; texts and images, or videos, in order."""
 
     role: str
-    parts: tuple[str | Image.Image | Tiles | EncodedImage, ...]
+    parts: tuple[str | Image.Image | Tiles | EncodedImage | Frames, ...]
 
 
 class Reply:
@@ -128,10 +129,14 @@ class Chat:
         runner: used by one conversation at a time.
         encoder: the bundle's tokenizer.
         settings: how images become tiles (`ImageSettings.with_budget` limits their number).
+        video: how videos become frames; None: as the published checkpoints.
     """
 
-    def __init__(self, runner: Runner, encoder: PromptEncoder, settings: ImageSettings) -> None:
+    def __init__(
+        self, runner: Runner, encoder: PromptEncoder, settings: ImageSettings, video: VideoSettings | None = None
+    ) -> None:
         self.runner, self.encoder, self.settings = runner, encoder, settings
+        self.video = video or VideoSettings(settings, EDGE_TILES * settings.tile_size)
         self.ids: list[int] = []  # every token of the conversation but a stop token at the end
         self._cache = runner.new_cache()  # holds the first `length` of them
         self._lock = threading.Lock()
@@ -145,10 +150,10 @@ class Chat:
     def ask(
         self,
         text: str,
-        images: Sequence[Image.Image | Tiles | EncodedImage] = (),
+        images: Sequence[Image.Image | Tiles | EncodedImage | Frames] = (),
         sampling: Sampling = GREEDY,
     ) -> Reply:
-        """Puts a question, after its images, and answers it step by step as the reply is iterated over.
+        """Puts a question, after its images or its video, and answers it step by step as the reply is iterated over.
 
         A reply that is cancelled before its first token leaves the conversation as it was.
 
@@ -170,22 +175,24 @@ class Chat:
             top: how many of the most likely tokens each token of the answer brings along.
 
         Raises:
-            InputError: at once, before anything is run, for turns that cannot be encoded.
+            InputError: at once, before anything is run, for turns that cannot be encoded, or mix images and videos.
             ContextError: likewise, for a prompt beyond the context.
         """
         began = time.perf_counter()
-        prepared: list[EncodedImage | Tiles] = []
+        prepared: list[EncodedImage | Tiles | Frames] = []
         messages = []
         for turn in turns:
-            parts: list[str | ImagePart] = []
+            parts: list[str | ImagePart | VideoPart] = []
             for part in turn.parts:
                 if isinstance(part, str):
                     parts.append(part)
                     continue
                 image = preprocess(part, self.settings) if isinstance(part, Image.Image) else part
                 prepared.append(image)
-                parts.append(ImagePart(image.rows, image.cols))
+                parts.append(image.part if isinstance(image, Frames) else ImagePart(image.rows, image.cols))
             messages.append(Message(turn.role, tuple(parts)))
+        if len({isinstance(image, Frames) for image in prepared}) > 1:
+            raise InputError("images and a video in one conversation: the model knows either")
         ids = self._next_ids(messages)
         used, context = len(self.ids), self.runner.settings.context
         if used + len(ids) > context:
@@ -223,7 +230,7 @@ class Chat:
         self,
         used: int,
         ids: list[int],
-        images: Sequence[EncodedImage | Tiles],
+        images: Sequence[EncodedImage | Tiles | Frames],
         sampling: Sampling,
         top: int,
         preprocess_ms: float,
@@ -271,22 +278,21 @@ class Chat:
         return Answer(text, found, logprobs, reason, len(ids), tiles, timings)
 
 
-def open_chat(bundle: Bundle, *, tiles: int | None = None, threads: int = 0, vision: bool = False) -> Chat:
-    """A conversation with a bundle.
+@dataclass(frozen=True)
+class Front:
+    """What makes a bundle's tokens and tiles; no engine."""
 
-    Args:
-        bundle: as read by `read_bundle`.
-        tiles: at most this many an image (1, 5, 10 or 17); None: as the bundle says.
-        threads: 0 lets the engine choose.
-        vision: load the vision tower now; otherwise the first image does.
+    encoder: PromptEncoder
+    images: ImageSettings
+    video: VideoSettings
 
-    Raises:
-        BundleError: naming the file that is wrong, or disagrees with another.
-        InputError: for another number of tiles.
-    """
+
+def read_front(bundle: Bundle, tiles: int | None = None) -> Front:
+    """Reads the files of a bundle that come before its graphs. Arguments and errors as `open_chat`."""
+    path = bundle.path("preprocessor_config.json")
     try:
         encoder = PromptEncoder.from_folder(bundle.folder)
-        images = read_settings(bundle.path("preprocessor_config.json"))
+        images, video = read_settings(path), read_video_settings(path)
     except ValueError as exc:
         raise BundleError(str(exc)) from exc
     sizes = bundle.manifest
@@ -302,4 +308,21 @@ def open_chat(bundle: Bundle, *, tiles: int | None = None, threads: int = 0, vis
             images = images.with_budget(tiles)
         except ValueError as exc:
             raise InputError(str(exc)) from exc
-    return Chat(open_runner(bundle, threads=threads, vision=vision), encoder, images)
+    return Front(encoder, images, video)
+
+
+def open_chat(bundle: Bundle, *, tiles: int | None = None, threads: int = 0, vision: bool = False) -> Chat:
+    """A conversation with a bundle.
+
+    Args:
+        bundle: as read by `read_bundle`.
+        tiles: at most this many an image (1, 5, 10 or 17); None: as the bundle says.
+        threads: 0 lets the engine choose.
+        vision: load the vision tower now; otherwise the first image does.
+
+    Raises:
+        BundleError: naming the file that is wrong, or disagrees with another.
+        InputError: for another number of tiles.
+    """
+    front = read_front(bundle, tiles)
+    return Chat(open_runner(bundle, threads=threads, vision=vision), front.encoder, front.images, front.video)

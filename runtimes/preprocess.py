@@ -266,6 +266,17 @@ def grid_size(width: int, height: int, tile: int) -> tuple[int, int]:
     return width, height
 
 
+def tile_grid(width: int, height: int, settings: ImageSettings) -> tuple[int, int]:
+    """Rows and columns of tiles that an image of this size is cut into; 0, 0 if it is not split."""
+    if not settings.split:
+        return 0, 0
+    if settings.resize:
+        width, height = resized_size(width, height, settings.longest_edge)
+    width, height = grid_size(width, height, settings.tile_size)
+    tile = settings.tile_size
+    return (0, 0) if width <= tile and height <= tile else (height // tile, width // tile)
+
+
 def cut(image: Image.Image, settings: ImageSettings) -> tuple[list[Image.Image], int, int]:
     """The tiles of an RGB image as RGB images of S x S, with rows and columns (0, 0 if not split)."""
     tile = settings.tile_size

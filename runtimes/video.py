@@ -114,12 +114,9 @@ def video_settings(config: dict[str, Any], where: str) -> VideoSettings:
     """Reads preprocessor_config.json's content; without `video_sampling`, what the published checkpoints have.
 
     Raises:
-        ValueError: as `settings_from_config`, also for a filter that videos cannot be resized with.
+        ValueError: as `settings_from_config`.
     """
     image = settings_from_config(config, where)
-    if image.resample not in FILTERS:
-        names = ", ".join(Image.Resampling(f).name for f in FILTERS)
-        raise ValueError(f"{where}: resample is {image.resample}, a video needs one of {names}")
     sampling = config.get("video_sampling", {})
     if not isinstance(sampling, dict):
         raise ValueError(f"{where}: video_sampling is {sampling!r}, want an object")
@@ -282,9 +279,12 @@ def read_video(
 
     Raises:
         VideoError: naming the file, if it is missing, no video, damaged or cut off, or beyond a limit; if PyAV is
-            not installed.
+            not installed; if the settings ask for a filter that is not in FILTERS.
     """
     where, opened = _source(source, limits)
+    if settings.image.resample not in FILTERS:
+        names = ", ".join(Image.Resampling(f).name for f in FILTERS)
+        raise VideoError(f"{where}: the bundle's resample is {settings.image.resample}, videos need one of {names}")
     until = time.monotonic() + limits.work_s
 
     def tick() -> None:

@@ -1,7 +1,6 @@
 """runtimes/pdf.py on PDFs that are made here: pages, sizes, limits, and what is refused."""
 
 import io
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,43 +11,11 @@ import pytest
 from PIL import Image
 
 from runtimes.pdf import PdfError, PdfLimits, page_numbers, read_pdf
+from tests.media import content_stream, make_pdf, pages_pdf
 
 pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed: pip install '.[pdf]'")
 
 COLORS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30))
-
-
-def make_pdf(objects: Sequence[bytes | str], root: int = 1, trailer: str = "") -> bytes:
-    """A PDF of these objects, numbered from 1, with a table of their places."""
-    out, places = bytearray(b"%PDF-1.7\n"), []
-    for number, content in enumerate(objects, 1):
-        places.append(len(out))
-        out += (
-            f"{number} 0 obj\n".encode() + (content.encode() if isinstance(content, str) else content) + b"\nendobj\n"
-        )
-    table = len(out)
-    out += f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n".encode()
-    out += b"".join(f"{place:010} 00000 n \n".encode() for place in places)
-    out += f"trailer\n<</Size {len(objects) + 1}/Root {root} 0 R{trailer}>>\nstartxref\n{table}\n%%EOF\n".encode()
-    return bytes(out)
-
-
-def stream(content: str) -> bytes:
-    packed = zlib.compress(content.encode())
-    return f"<</Length {len(packed)}/Filter/FlateDecode>>stream\n".encode() + packed + b"\nendstream"
-
-
-def pages_pdf(contents: Sequence[str], box: str = "0 0 200 100", page: str = "") -> bytes:
-    """A PDF with a page for each content stream."""
-    kids = " ".join(f"{3 + 2 * i} 0 R" for i in range(len(contents)))
-    objects: list[bytes | str] = [
-        "<</Type/Catalog/Pages 2 0 R>>",
-        f"<</Type/Pages/Count {len(contents)}/Kids[{kids}]>>",
-    ]
-    for i, content in enumerate(contents):
-        objects.append(f"<</Type/Page/Parent 2 0 R/MediaBox[{box}]/Contents {4 + 2 * i} 0 R{page}>>")
-        objects.append(stream(content))
-    return make_pdf(objects)
 
 
 def filled(color: tuple[int, int, int]) -> str:
@@ -105,7 +72,7 @@ def test_a_filled_form_is_drawn() -> None:
             "<</Type/Catalog/Pages 2 0 R/AcroForm<</Fields[5 0 R]>>>>",
             "<</Type/Pages/Count 1/Kids[3 0 R]>>",
             "<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 100]/Contents 4 0 R/Annots[5 0 R]>>",
-            stream("0 g"),
+            content_stream("0 g"),
             field,
             appearance,
         ]

@@ -1,10 +1,9 @@
 """runtimes/video.py against Hugging Face's SmolVLMProcessor and PyAV reader, on videos made here, and its refusals."""
 
-import io
 import itertools
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from runtimes.video import (
 )
 from tests.checkpoints import tiny_tokenizer
 from tests.hf_processor import ORACLE, hf_processor
+from tests.media import picture, write_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install '.[video]'")
 oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason=f"torchvision is not in {ORACLE.name}: make setup")
@@ -77,45 +77,6 @@ def encoder(folder: Path) -> PromptEncoder:
 
 
 SETTINGS = video_settings(CONFIG, "here")
-
-
-def picture(number: int, width: int = 64, height: int = 48) -> Rgb:
-    """A frame that says its number, in squares for bits: bright is 1. The first row of them is the number's."""
-    out = np.zeros((height, width, 3), dtype=np.uint8)
-    for bit in range(8):
-        level = 235 if number >> bit & 1 else 20
-        out[: height // 2, bit * width // 8 : (bit + 1) * width // 8] = level
-    out[height // 2 :] = (30, 120, 60)
-    return out
-
-
-def write_video(
-    path: Path | io.BytesIO,
-    frames: Iterable[Rgb],
-    *,
-    rate: Fraction | int = 25,
-    codec: str = "libx264",
-    at_ms: Sequence[int] | None = None,
-    container: str = "mp4",
-    options: dict[str, str] | None = None,
-    codec_options: dict[str, str] | None = None,
-) -> None:
-    """Writes a video; `at_ms`: the time of each frame, else they are even."""
-    with av.open(
-        path if isinstance(path, io.BytesIO) else str(path), "w", format=container, options=options or {}
-    ) as out:
-        stream = out.add_stream(codec, rate=rate, options=codec_options)
-        stream.pix_fmt = "yuv420p"
-        if at_ms is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for number, rgb in enumerate(frames):
-            if not number:
-                stream.height, stream.width = rgb.shape[:2]
-            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-            if at_ms is not None:
-                frame.pts, frame.time_base = at_ms[number], Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
 
 
 def number_of(tile: Any) -> int:
@@ -468,7 +429,6 @@ def test_the_work_ends_when_it_is_told_to(clip: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resample": 0}, "resample is 0, a video needs one of LANCZOS"),
         ({"video_sampling": 3}, "video_sampling is 3"),
         ({"video_sampling": {"fps": 0}}, "fps is 0"),
         ({"video_sampling": {"fps": True}}, "fps is True"),
@@ -480,6 +440,11 @@ def test_the_work_ends_when_it_is_told_to(clip: Path) -> None:
 def test_settings_that_cannot_be_followed_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"here: .*{message}"):
         video_settings(CONFIG | change, "here")
+
+
+def test_a_filter_that_torch_has_not_is_refused(clip: Path) -> None:
+    with pytest.raises(VideoError, match="resample is 0, videos need one of LANCZOS, BICUBIC, BILINEAR"):
+        read_video(clip, video_settings(CONFIG | {"resample": 0}, "here"))
 
 
 def test_without_settings_those_of_the_published_checkpoints_hold() -> None:
