@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from runtimes.completions import ApiError, ChatRequest, Writer, read_request
@@ -72,12 +73,14 @@ def make_app(service: Service, access: Access) -> "ASGIApp":
     from starlette.routing import Route
 
     born = int(time.time())
+    modalities = ["text", "image"]
+    modalities += [name for name, package in (("video", "av"), ("file", "pypdfium2")) if find_spec(package)]
 
     def model(name: str) -> dict[str, Any]:
         facts = {"id": name, "object": "model", "created": born, "owned_by": "smolport"}
         return facts | {
             "context_length": service.context,
-            "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]},
+            "architecture": {"input_modalities": modalities, "output_modalities": ["text"]},
         }
 
     async def health(_: Request) -> "Response":

@@ -1,7 +1,8 @@
 """OpenAI's chat completions: what of a request is understood, and what is sent back. No server: see serve.py.
 
 A request is hostile until `read_request` has returned it: sizes are bounded, every parameter is known, images are
-data URLs whose header says that they are images of an accepted format and size. What is accepted, ignored and refused
+data URLs whose header says that they are images of an accepted format and size; videos and PDFs are data URLs of such
+a type, and looked into when their turn comes. What is accepted, ignored and refused
 is in three tables below; a parameter that is null counts as not given.
 
 Not covered: tools, JSON schemas, several choices, audio: each is refused by name, since leaving it out would change
@@ -19,9 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtimes.generate import Sampling, Token
+from runtimes.pdf import PdfError
 from runtimes.preprocess import ImageError, check_image
 from runtimes.prompt import IMAGE, PromptEncoder
 from runtimes.runner import ContextError, InputError
+from runtimes.video import VideoError
 
 READ = {
     *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"),
@@ -54,6 +57,11 @@ IMAGE_TYPES = {  # media types, with Pillow's name of the format
     "image/webp": "WEBP",
     "image/gif": "GIF",
 }
+VIDEO_TYPES = (
+    *("video/mp4", "video/quicktime", "video/webm", "video/x-matroska", "video/matroska", "video/x-msvideo"),
+    *("video/avi", "video/mp2t", "video/3gpp"),
+)
+FILE_TYPES = ("application/pdf",)
 IMAGE_FORMATS = tuple(sorted(set(IMAGE_TYPES.values())))
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 DETAILS = ("auto", "low", "high")
@@ -91,7 +99,8 @@ class Limits:
     """What one request may ask for."""
 
     body_bytes: int = 20 << 20
-    images: int = 16
+    images: int = 16  # pages of PDFs among them
+    video_seconds: int = 3600
     pixels: int = 50_000_000  # of one image
     messages: int = 512
     new_tokens: int = 1024  # also where none are asked for
@@ -106,11 +115,28 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video as it came, not looked into."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Document:
+    """A PDF as it came, not looked into; each page is an image."""
+
+    data: bytes
+
+
+Part = str | Picture | Video | Document
+
+
+@dataclass(frozen=True)
 class ChatMessage:
     """A turn as it came."""
 
     role: str
-    parts: tuple[str | Picture, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -238,18 +264,23 @@ def _messages(fields: Mapping[str, Any], limits: Limits) -> tuple[ChatMessage, .
             if message.get(name):
                 raise refuse(f"{where}.{name}", "is not supported", "unsupported_parameter")
         messages.append(ChatMessage(ROLES[role], _parts(message.get("content"), f"{where}.content", role, limits)))
-    images = sum(isinstance(part, Picture) for message in messages for part in message.parts)
+    parts = [part for message in messages for part in message.parts]
+    images = sum(isinstance(part, (Picture, Document)) for part in parts)
+    videos = sum(isinstance(part, Video) for part in parts)
     if images > limits.images:
         raise refuse("messages", f"hold {images} images, at most {limits.images} are accepted", "too_many_images")
+    if videos > 1 or (videos and images):
+        held = f"{videos} videos" if videos > 1 else "images and a video"
+        raise refuse("messages", f"hold {held}: the model knows images, or one video", "unsupported_content")
     return tuple(messages)
 
 
-def _parts(content: Any, where: str, role: str, limits: Limits) -> tuple[str | Picture, ...]:
+def _parts(content: Any, where: str, role: str, limits: Limits) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (_text(content, where),)
     if not isinstance(content, list) or not content:
         raise refuse(where, "want a string, or a list of parts")
-    parts: list[str | Picture] = []
+    parts: list[Part] = []
     for i, part in enumerate(content):
         at = f"{where}[{i}]"
         kind = part.get("type") if isinstance(part, dict) else None
@@ -257,8 +288,13 @@ def _parts(content: Any, where: str, role: str, limits: Limits) -> tuple[str | P
             parts.append(_text(part.get("text"), f"{at}.text"))
         elif kind == "image_url" and role == "user":
             parts.append(_picture(part.get("image_url"), f"{at}.image_url", limits))
+        elif kind == "video_url" and role == "user":
+            url = _url(part.get("video_url"), f"{at}.video_url")
+            parts.append(Video(read_data_url(url, VIDEO_TYPES, f"{at}.video_url.url")))
+        elif kind == "file" and role == "user":
+            parts.append(_document(part.get("file"), f"{at}.file"))
         else:
-            wanted = "text or image_url" if role == "user" else "text"
+            wanted = "text, image_url, video_url or file" if role == "user" else "text"
             raise refuse(f"{at}.type", f"is {_short(kind)!r}, want {wanted} in a message of role {role}")
     return tuple(parts)
 
@@ -274,9 +310,7 @@ def _text(text: Any, where: str) -> str:
 
 
 def _picture(given: Any, where: str, limits: Limits) -> Picture:
-    url = given.get("url") if isinstance(given, dict) else None
-    if not isinstance(url, str):
-        raise refuse(where, "want an object with a url")
+    url = _url(given, where)
     detail = given.get("detail") or "auto"
     if detail not in DETAILS:
         raise refuse(f"{where}.detail", f"is {_short(detail)!r}, want one of {', '.join(DETAILS)}")
@@ -286,6 +320,22 @@ def _picture(given: Any, where: str, limits: Limits) -> Picture:
     except ImageError as exc:
         raise refuse(f"{where}.url", str(exc), "invalid_image") from exc
     return Picture(data, detail == "low")
+
+
+def _url(given: Any, where: str) -> str:
+    url = given.get("url") if isinstance(given, dict) else None
+    if not isinstance(url, str):
+        raise refuse(where, "want an object with a url")
+    return url
+
+
+def _document(given: Any, where: str) -> Document:
+    data = given.get("file_data") if isinstance(given, dict) else None
+    if not isinstance(data, str):
+        raise refuse(
+            where, "want an object with file_data; no files are kept here, so no file_id", "unsupported_content"
+        )
+    return Document(read_data_url(data, FILE_TYPES, f"{where}.file_data"))
 
 
 def read_data_url(url: str, types: Iterable[str], where: str) -> bytes:
@@ -312,7 +362,12 @@ def from_input_error(exc: InputError | ImageError) -> ApiError:
     """The error of a request that turned out to be none that can be run."""
     if isinstance(exc, ContextError):
         return ApiError(400, str(exc), "context_length_exceeded", "messages")
-    return ApiError(400, str(exc), "invalid_image" if isinstance(exc, ImageError) else "invalid_value", "messages")
+    code = "invalid_value"
+    for kind, name in ((VideoError, "invalid_video"), (PdfError, "invalid_file"), (ImageError, "invalid_image")):
+        if isinstance(exc, kind):
+            code = name
+            break
+    return ApiError(400, str(exc), code, "messages")
 
 
 def _get(fields: Mapping[str, Any], name: str, kind: type, default: Any = None, where: str = "") -> Any:

@@ -3,7 +3,8 @@
     python -m runtimes.serve BUNDLE
     python -m runtimes.serve BUNDLE --host 0.0.0.0 --key-env SMOLPORT_KEY
 
-POST /v1/chat/completions (images as data URLs, streams, usage, log-probabilities), GET /v1/models, GET /health.
+POST /v1/chat/completions (images, a video or PDFs as data URLs, streams, usage, log-probabilities), GET /v1/models,
+GET /health. SERVE.md is the guide.
 Lines about requests go to stderr; they hold counts and times, nothing of what was asked or answered. Exit code 0:
 ended by SIGINT or SIGTERM; 1: the engine failed; 2: the bundle, an option, or the address cannot be used; 130:
 interrupted before it served.
@@ -12,7 +13,8 @@ Whoever can reach the port can use it: it is bound to loopback unless a key is g
 this machine in its Host header, and come from no web page unless its origin was allowed, since a page can make a
 browser send requests here, and a name of its own mean 127.0.0.1.
 
-Not covered: TLS (the key is in clear on the wire: put a proxy or a tunnel in front), answers side by side, files.
+Not covered: TLS (the key is in clear on the wire: put a proxy or a tunnel in front), answers side by side, files that
+are kept.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from runtimes.manifest import BundleError
 from runtimes.preprocess import TILE_BUDGETS
 from runtimes.runner import EngineError, InputError, engine_name
 from runtimes.service import Service
+from runtimes.video import MOST_FRAMES
 
 LEAST_KEY = 16  # characters
 
@@ -75,9 +78,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="of web pages that ask")
     command.add_argument("--name", action="append", default=[], help="for the model, in place of the bundle's")
     command.add_argument("--tiles", type=int, choices=TILE_BUDGETS, help="at most so many tiles an image")
+    command.add_argument("--frames", type=int, metavar="N", help="at most so many of a video")
     command.add_argument("--queue", type=int, default=4, metavar="N", help="requests that may wait")
     command.add_argument("--max-new-tokens", type=int, default=Limits.new_tokens, metavar="N", help="of one answer")
-    command.add_argument("--max-images", type=int, default=Limits.images, metavar="N", help="of one request")
+    command.add_argument(
+        "--max-images", type=int, default=Limits.images, metavar="N", help="of one request, with pages"
+    )
     command.add_argument("--max-body-mb", type=float, default=20, metavar="MB", help="of one request")
     command.add_argument("--time-limit", type=float, default=300, metavar="S", help="for one answer")
     command.add_argument("--threads", type=int, default=0, metavar="N", help="0, the default, lets the engine choose")
@@ -111,6 +117,8 @@ def serve(args: argparse.Namespace, log: Callable[[str], None]) -> None:
             raise InputError(f"{name} is {getattr(args, name)}, want {least} or more")
     if not 0.001 <= args.max_body_mb <= 1000:
         raise InputError(f"max_body_mb is {args.max_body_mb}, want 0.001 to 1000")
+    if args.frames is not None and not 1 <= args.frames <= MOST_FRAMES:
+        raise InputError(f"frames is {args.frames}, want 1 to {MOST_FRAMES}")
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"port is {args.port}, want 0 to 65535")
     try:
@@ -125,11 +133,14 @@ def serve(args: argparse.Namespace, log: Callable[[str], None]) -> None:
         began = time.perf_counter()
         bundle = read_bundle(args.bundle, allow_pending=args.allow_pending)
         chat = open_chat(bundle, tiles=args.tiles, threads=args.threads, vision=True)
+        if args.frames is not None:
+            chat.video = chat.video.with_frames(args.frames)
         manifest = bundle.manifest
         log(
             f"loaded in {time.perf_counter() - began:.1f} s: {manifest.model.name}, recipe {manifest.recipe.name}, "
             f"{engine_name(bundle)}, context {chat.runner.settings.context:,}, images of at most "
-            f"{chat.settings.max_tiles} tiles of {chat.runner.settings.seq_len} tokens"
+            f"{chat.settings.max_tiles} tiles of {chat.runner.settings.seq_len} tokens, videos of at most "
+            f"{chat.video.max_frames} frames, a tile each"
         )
         service = Service(
             chat,

@@ -27,12 +27,15 @@ from runtimes.completions import (
     Limits,
     Picture,
     Usage,
+    Video,
     from_input_error,
     token_entry,
 )
 from runtimes.generate import StopText
-from runtimes.preprocess import ImageError, ImageSettings, Tiles, decode_image, preprocess
-from runtimes.runner import ContextError, EngineError, InputError
+from runtimes.pdf import PdfLimits, read_pdf
+from runtimes.preprocess import MAX_EDGE, ImageError, Tiles, decode_image, preprocess
+from runtimes.runner import Cancelled, ContextError, EngineError, InputError
+from runtimes.video import Frames, VideoLimits, read_video
 
 MOST_WAIT_S = 120  # that a Retry-After asks for
 
@@ -118,13 +121,15 @@ class Job:
         """Answers the request, in a conversation of its own; in the thread that works."""
         self.began = time.perf_counter()
         try:
-            reply = chat.say(_turns(request, limits, chat), request.sampling, top=request.top)
+            reply = chat.say(_turns(request, limits, chat, self._check), request.sampling, top=request.top)
             self._reply = reply
             if self._stopped.is_set():  # maybe before `_reply` was there to be cancelled
                 reply.cancel()
             else:
                 self.emit(Began())
             self._answer(request, chat, reply)
+        except Cancelled:
+            self._given_up()
         except (InputError, ImageError) as exc:
             self.emit(Failed(from_input_error(exc)))
         except EngineError as exc:
@@ -133,6 +138,16 @@ class Job:
             self.emit(Failed(ApiError(500, "there is not enough memory for this request", "out_of_memory")))
         finally:
             self.seconds = time.perf_counter() - self.began
+
+    def _check(self) -> None:
+        if self._stopped.is_set():
+            raise Cancelled
+
+    def _given_up(self) -> None:
+        """Says so, if it was not the client that gave the answer up."""
+        if self._late:
+            message = f"the answer took longer than {self._service.time_limit_s:g} s"
+            self.emit(Failed(ApiError(504, message, "time_limit")))
 
     def _answer(self, request: ChatRequest, chat: Chat, reply: Reply) -> None:
         stop = StopText(request.stops)
@@ -157,9 +172,7 @@ class Job:
         ended = stop.stopped
         reply.close()
         if not ended and (self._stopped.is_set() or reply.answer().finish_reason == "cancelled"):
-            if self._late:
-                message = f"the answer took longer than {self._service.time_limit_s:g} s"
-                self.emit(Failed(ApiError(504, message, "time_limit")))
+            self._given_up()
             return
         if rest := stop.rest():
             self.emit(Piece(rest, tuple(entry for _, entry in waiting)))
@@ -262,8 +275,9 @@ class Service:
             self.leave(job)
 
         loop.call_soon_threadsafe(on_time)
+        chat = self._chat
         try:
-            job.work(request, self.limits, Chat(self._chat.runner, self._chat.encoder, self._chat.settings))
+            job.work(request, self.limits, Chat(chat.runner, chat.encoder, chat.settings, chat.video))
         except Exception as exc:  # noqa: BLE001  # whatever it is, the client is told and the next request answered
             self.log(internal(exc))
             job.emit(Failed(ApiError(500, "an error of the server", "internal_error")))
@@ -281,24 +295,39 @@ def _ending() -> ApiError:
     return ApiError(503, "the server is ending", "shutting_down", None, 10)
 
 
-def _turns(request: ChatRequest, limits: Limits, chat: Chat) -> list[Turn]:
+def _turns(request: ChatRequest, limits: Limits, chat: Chat, check: Callable[[], None]) -> list[Turn]:
     """Decoded and cut; what cannot fit into the context is refused before that.
+
+    Args:
+        check: called now and then; what it raises ends the work.
 
     Raises:
         ContextError, ImageError: as they say.
     """
     parts = [part for message in request.messages for part in message.parts]
     sizes = chat.runner.settings
-    least = sum(sizes.seq_len if isinstance(part, Picture) else len(part) // chat.encoder.longest for part in parts)
+    least = sum(len(part) // chat.encoder.longest if isinstance(part, str) else sizes.seq_len for part in parts)
     if least > sizes.context:
         raise ContextError(f"the context of {sizes.context:,} has no room for a prompt of {least:,} tokens or more")
     low = chat.settings.with_budget(1)
-
-    def tiles(part: Picture) -> Tiles:
-        settings: ImageSettings = low if part.low else chat.settings
-        return preprocess(decode_image(part.data, limits.pixels, IMAGE_FORMATS), settings)
-
-    return [
-        Turn(message.role, tuple(tiles(p) if isinstance(p, Picture) else p for p in message.parts))
-        for message in request.messages
-    ]
+    pages = limits.images - sum(isinstance(part, Picture) for part in parts)  # that are left for PDFs
+    turns = []
+    for message in request.messages:
+        found: list[str | Tiles | Frames] = []
+        for part in message.parts:
+            check()
+            if isinstance(part, str):
+                found.append(part)
+            elif isinstance(part, Picture):
+                image = decode_image(part.data, limits.pixels, IMAGE_FORMATS)
+                found.append(preprocess(image, low if part.low else chat.settings))
+            elif isinstance(part, Video):
+                most = VideoLimits(limits.body_bytes, seconds=limits.video_seconds)
+                found.append(read_video(part.data, chat.video, most, check))
+            else:
+                edge = min(chat.settings.longest_edge, MAX_EDGE)
+                drawn = read_pdf(part.data, edge, None, PdfLimits(limits.body_bytes, pages), check)
+                pages -= len(drawn)
+                found += [preprocess(page, chat.settings) for page in drawn]
+        turns.append(Turn(message.role, tuple(found)))
+    return turns

@@ -22,7 +22,9 @@ JSON: Any = st.recursive(
 )
 PARAMETERS = st.sampled_from(sorted(READ | IGNORED | REFUSED.keys()))
 PARTS = st.fixed_dictionaries(
-    {}, optional={"type": st.sampled_from(["text", "image_url", "x"]), "text": JSON, "image_url": JSON}
+    {},
+    optional={"type": st.sampled_from(["text", "image_url", "video_url", "file", "x"])}
+    | dict.fromkeys(["text", "image_url", "video_url", "file"], JSON | st.fixed_dictionaries({"url": JSON})),
 )
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "x"]), "content": JSON | st.lists(PARTS)})
 

@@ -36,6 +36,8 @@ from runtimes.runner import BundleSettings, EngineError, Floats
 from runtimes.serve import bind, main
 from runtimes.service import Service
 from tests.fakes import CONTEXT, HIDDEN, SEQ_LEN, TILE, ScriptRunner, byte_tokenizer, make_bundle
+from tests.media import pages_pdf, write_video
+from tests.media import picture as movie_frame
 
 ROOT = Path(__file__).parent.parent
 NAME = "tests/fake"
@@ -498,6 +500,153 @@ def test_a_bad_image_is_refused_with_its_reason(running: Running, case: str, str
     assert running.settled()
 
 
+def media(*parts: Any) -> Any:
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def video_part(data: bytes | str, kind: str = "video/mp4") -> Any:
+    return {"type": "video_url", "video_url": {"url": data if isinstance(data, str) else of(data, kind)}}
+
+
+def file_part(data: bytes | str, kind: str = "application/pdf") -> Any:
+    url = data if isinstance(data, str) else of(data, kind)
+    return {"type": "file", "file": {"filename": "a.pdf", "file_data": url}}
+
+
+@pytest.fixture(scope="module")
+def clip() -> bytes:
+    """A video of three seconds."""
+    pytest.importorskip("av", reason="PyAV is not installed: pip install '.[video]'")
+    out = io.BytesIO()
+    write_video(out, (movie_frame(i) for i in range(30)), rate=10)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pdf() -> bytes:
+    """A PDF of two pages, twice as wide as high: three tiles each."""
+    pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed: pip install '.[pdf]'")
+    return pages_pdf(["1 0 0 rg 0 0 100 100 re f"] * 2)
+
+
+def test_a_video_is_answered_as_ask_answers_it(running: Running, bundle: Path, clip: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(clip)
+    wanted = ask(bundle, "What?", video=tmp_path / "a.mp4", sampling=Sampling(12)).answer
+    found = running.client().chat.completions.create(
+        model=NAME, messages=[media(video_part(clip), "What?")], max_tokens=12
+    )
+    assert found.choices[0].message.content == wanted.text
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (wanted.prompt_tokens, 12)
+    assert found.usage.model_dump()["prompt_tokens_details"]["image_tokens"] == 3 * SEQ_LEN
+    stream = running.client().chat.completions.create(
+        model=NAME, messages=[media(video_part(clip), "What?")], max_tokens=12, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.text
+
+
+def test_pages_of_a_pdf_are_answered_as_ask_answers_them(
+    running: Running, bundle: Path, pdf: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "a.pdf").write_bytes(pdf)
+    picture().save(tmp_path / "a.png")
+    wanted = ask(bundle, "What?", [tmp_path / "a.png"], pdf=tmp_path / "a.pdf", sampling=Sampling(12)).answer
+    image = {"type": "image_url", "image_url": {"url": data_url(picture())}}
+    found = running.client().chat.completions.create(
+        model=NAME, messages=[media(image, file_part(pdf), "What?")], max_tokens=12
+    )
+    assert found.choices[0].message.content == wanted.text
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == wanted.prompt_tokens
+    assert found.usage.model_dump()["prompt_tokens_details"]["image_tokens"] == 9 * SEQ_LEN
+
+
+def test_the_list_of_models_says_what_they_take(running: Running, clip: bytes, pdf: bytes) -> None:
+    assert clip
+    assert pdf
+    model = httpx2.get(f"{running.url}/models").json()["data"][0]
+    assert model["architecture"]["input_modalities"] == ["text", "image", "video", "file"]
+
+
+BAD_MEDIA: dict[str, tuple[list[Any], str]] = {
+    "no video": ([video_part(b"hello")], "invalid_video"),
+    "a playlist": ([video_part(b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")], "invalid_video"),
+    "half a video": (["CLIP", "half"], "invalid_video"),
+    "a video elsewhere": ([video_part("https://host.example/a.mp4")], "remote_url_refused"),
+    "a video file": ([video_part("file:///etc/passwd")], "remote_url_refused"),
+    "frames as a video": ([video_part(b"x", "video/jpeg")], "unsupported_type"),
+    "no url": ([{"type": "video_url", "video_url": "data:"}], "invalid_value"),
+    "two videos": ([video_part(b"x"), video_part(b"y")], "unsupported_content"),
+    "a video and an image": (
+        [video_part(b"x"), {"type": "image_url", "image_url": {"url": data_url(picture())}}],
+        "unsupported_content",
+    ),
+    "a video and a PDF": ([video_part(b"x"), file_part(b"y")], "unsupported_content"),
+    "no PDF": ([file_part(b"hello")], "invalid_file"),
+    "another file": ([file_part(b"hello", "text/plain")], "unsupported_type"),
+    "bare base64": ([file_part(base64.b64encode(b"%PDF").decode())], "remote_url_refused"),
+    "a file kept": ([{"type": "file", "file": {"file_id": "file-1"}}], "unsupported_content"),
+    "no file": ([{"type": "file"}], "unsupported_content"),
+    "audio": ([{"type": "input_audio", "input_audio": {}}], "invalid_value"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEDIA)
+def test_bad_media_are_refused_with_their_reason(running: Running, clip: bytes, pdf: bytes, case: str) -> None:
+    assert pdf
+    parts, code = BAD_MEDIA[case]
+    parts = [video_part(clip[: len(clip) // 2]) if p == "CLIP" else p for p in parts]
+    found = running.post({"model": NAME, "messages": [media(*parts)]})
+    error = found.json()["error"]
+    assert (found.status_code, error["code"], error["type"]) == (400, code, "invalid_request_error")
+    assert error["param"].startswith("messages")
+    assert running.settled()
+
+
+def test_a_video_and_a_pdf_are_the_users_alone(running: Running) -> None:
+    for part in (video_part(b"x"), file_part(b"x")):
+        found = running.post({"model": NAME, "messages": [{"role": "system", "content": [part]}, user("x")]})
+        assert found.json()["error"]["param"] == "messages[0].content[0].type"
+
+
+def test_more_pages_than_images_are_taken_are_refused(pdf: bytes) -> None:
+    with serving(SlowRunner().chat(), limits=Limits(images=3)) as found:
+        two = found.post({"model": NAME, "messages": [media(file_part(pdf))], "max_tokens": 1})
+        assert two.status_code == 200
+        four = found.post({"model": NAME, "messages": [media(file_part(pdf), file_part(pdf))]})
+        assert (four.status_code, four.json()["error"]["code"]) == (400, "invalid_file")
+        assert "has 2 pages, at most 1 are looked at" in four.text
+
+
+def test_a_video_that_is_too_long_is_refused(clip: bytes) -> None:
+    with serving(SlowRunner().chat(), limits=Limits(video_seconds=2)) as found:
+        long = found.post({"model": NAME, "messages": [media(video_part(clip))]})
+        assert (long.status_code, long.json()["error"]["code"]) == (400, "invalid_video")
+        assert "3 s, at most 2 are accepted" in long.text
+
+
+def endless(*arguments: Any) -> Any:
+    """In place of decoding: goes on until it is told to end."""
+    while True:
+        arguments[-1]()
+        time.sleep(0.005)
+
+
+def test_decoding_ends_when_the_client_goes_away_or_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtimes.service.read_video", endless)
+    with serving(SlowRunner().chat(), time_limit_s=0.3) as found:
+        body = {"model": NAME, "messages": [media(video_part(b"x"))]}
+        late = found.post(body)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "time_limit")
+        assert found.settled()
+    with serving(SlowRunner().chat()) as found:
+        wire = raw(found.port, body)
+        assert wait_for(lambda: found.service.taken == 1)
+        time.sleep(0.1)
+        wire.close()
+        assert found.settled()
+
+
 def test_too_many_images_are_refused() -> None:
     with serving(SlowRunner().chat(), limits=Limits(images=2)) as found:
         three = found.post({"model": NAME, "messages": [user(picture(), picture()), user(picture())]})
@@ -937,6 +1086,7 @@ def test_it_listens_elsewhere_only_with_a_key(bundle: Path, capsys: pytest.Captu
         (["--time-limit", "nan"], "time_limit is nan"),
         (["--max-body-mb", "0"], "max_body_mb is 0"),
         (["--port", "99999"], "port is 99999"),
+        (["--frames", "0"], "frames is 0, want 1 to 999"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_exit_code_2(
