@@ -34,7 +34,7 @@ class Plan:
     def __str__(self) -> str:
         used = self.prompt_tokens / self.context
         lines = (
-            f"{self.media}: {self.tiles} tiles, {self.image_tokens:,} image tokens; prompt of {self.prompt_tokens:,} "
+            f"{self.media}: {self.tiles} tile{'s' * (self.tiles != 1)}, {self.image_tokens:,} image tokens; prompt of {self.prompt_tokens:,} "
             f"tokens, {used:.0%} of the context of {self.context:,}, answer of at most {self.new_tokens:,}"
         )
         if self.cache_bytes is not None:

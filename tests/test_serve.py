@@ -1120,3 +1120,48 @@ def test_a_bundle_that_cannot_be_used_is_exit_code_2(tmp_path: Path, capsys: pyt
     pending = make_bundle(tmp_path / "pending", proven=False).folder
     assert main([str(pending), "--port", "0"]) == 2
     assert "proof is pending" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_commands_of_the_guide_do_what_it_says(bundle: Path, clip: bytes, pdf: bytes, tmp_path: Path) -> None:
+    text = (ROOT / "runtimes" / "SERVE.md").read_text(encoding="utf-8")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "smolvlm2").symlink_to(bundle)
+    picture().save(tmp_path / "receipt.jpg")
+    (tmp_path / "clip.mp4").write_bytes(clip)
+    (tmp_path / "invoice.pdf").write_bytes(pdf)
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", text.replace("8080", str(port)), re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks] == ["bash", "bash", "python", "bash"]
+    (_, start), (_, curl), (_, program), (_, with_key) = blocks
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    @contextmanager
+    def started(script: str) -> Iterator[str]:
+        """The server as the guide starts it; the first line must say where."""
+        server = subprocess.Popen(
+            ["bash", "-c", f"{script.replace('python -m', 'exec python -m').strip()} --port {port}"],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        try:
+            assert server.stderr
+            lines = [line for line in iter(server.stderr.readline, "") if not line.startswith(("load", "LOAD"))]
+            yield lines[0] if lines else ""
+        finally:
+            server.terminate()
+            server.wait(20)
+
+    install, serve = start.splitlines()
+    assert install == "pip install '.[serve,video,pdf]'"
+    assert serve
