@@ -10,12 +10,13 @@ ASKED := build/report-documents
 
 # What a user gives reaches a command as an environment variable, word for word: spaces, quotes and $ stay as they are.
 TEXTS := MODEL LORA OUT RECIPE CALIBRATION CONTEXT BUNDLE IMAGE QUESTION DATA IMAGES ENDPOINT ENDPOINT_MODEL KEY_ENV \
-  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET DEVICE RUNNER EMULATOR ROUTE ROUTER_CONFIG TEST_DATA
+  MAX_SIZE MAX_LOSS GROUPED LIMIT WORK PLOT PROFILE BASE SOURCE KEY TARGET DEVICE RUNNER EMULATOR ROUTE ROUTER_CONFIG TEST_DATA \
+  ADDRESS PORT PDF PAGES VIDEO FRAMES
 $(foreach name,$(TEXTS),$(eval override $(name) := $$(value $(name))))
 export $(TEXTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full-size test-devices test-clients check train train-adapter export-android export-ios verify publish pull web native devices run-device ask quality confidence search bench bench-kernels report clean
+.PHONY: help setup demo test test-full-size test-devices test-clients check train train-adapter export-android export-ios verify publish pull web native devices run-device ask serve quality confidence search bench bench-kernels report clean
 
 help:  ## list the actions
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -79,8 +80,11 @@ web: $(STAMP)  ## BUNDLE=folder OUT=folder [IMAGE=example [QUESTION='text']]: a 
 native: $(STAMP)  ## [TARGET=linux-arm64] [OUT=folder]: the runner for devices, in C++, into build/native
 	@$(PY) -m runtimes.native.build $${TARGET:+--target="$$TARGET"} $${OUT:+--out="$$OUT"}
 
-ask: $(STAMP)  ## BUNDLE=folder IMAGE=file QUESTION='text' [ROUTE=prefer_on_device [ROUTER_CONFIG=router.toml]]
-	@$(PY) -m runtimes.ask --image="$${IMAGE:?is missing: an image file}" $${ROUTE:+--route="$$ROUTE"} $${ROUTER_CONFIG:+--router-config="$$ROUTER_CONFIG"} -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
+ask: $(STAMP)  ## BUNDLE=folder QUESTION='text' [IMAGE=file] [PDF=file [PAGES=1-3]] [VIDEO=file [FRAMES=number]] [ROUTE=prefer_on_device [ROUTER_CONFIG=router.toml]]
+	@$(PY) -m runtimes.ask $${IMAGE:+--image="$$IMAGE"} $${PDF:+--pdf="$$PDF"} $${PAGES:+--pages="$$PAGES"} $${VIDEO:+--video="$$VIDEO"} $${FRAMES:+--frames="$$FRAMES"} $${ROUTE:+--route="$$ROUTE"} $${ROUTER_CONFIG:+--router-config="$$ROUTER_CONFIG"} -- "$${BUNDLE:?is missing: the folder of a bundle}" "$${QUESTION:?is missing: a text}"
+
+serve: $(STAMP)  ## BUNDLE=folder [ADDRESS=127.0.0.1] [PORT=8080] [KEY_ENV=variable]: an OpenAI-compatible server; elsewhere than loopback it needs a key
+	@$(PY) -m runtimes.serve $${ADDRESS:+--host="$$ADDRESS"} $${PORT:+--port="$$PORT"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
 
 quality: $(STAMP)  ## BUNDLE=folder DATA=file [MODEL=reference [LORA=adapter]] [IMAGES=folder] [OUT=folder] [ENDPOINT=url ENDPOINT_MODEL=name [KEY_ENV=variable]]
 	@$(PY) -m benchmarks.quality --data="$${DATA:?is missing: documents.jsonl, or the file of a data set}" $${MODEL:+--model="$$MODEL"} $${LORA:+--lora="$$LORA"} $${IMAGES:+--images="$$IMAGES"} $${OUT:+--out="$$OUT"} $${ENDPOINT:+--endpoint="$$ENDPOINT"} $${ENDPOINT_MODEL:+--endpoint-model="$$ENDPOINT_MODEL"} $${KEY_ENV:+--key-env="$$KEY_ENV"} -- "$${BUNDLE:?is missing: the folder of a bundle}"
@@ -131,6 +135,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url '$(TORCH_INDEX)') "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --editable '.[export,ios,bench,demo,sign,dev]'
+	$(PIP) --editable '.[export,ios,bench,demo,sign,serve,video,pdf,dev]'
 	$(PIP) --no-deps --upgrade --target .venv/oracle "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@

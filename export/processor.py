@@ -2,7 +2,7 @@
 
 Read is what any version of transformers has saved: image settings in preprocessor_config.json or nested in
 processor_config.json, the chat template in a file of its own, in processor_config.json or in the tokenizer's.
-What the runtime would do otherwise than the checkpoint's own processor is refused. Not covered: video settings.
+What the runtime would do otherwise than the checkpoint's own processor is refused.
 """
 
 import json
@@ -27,6 +27,7 @@ from runtimes.prompt import (
     chat_string,
     image_string,
 )
+from runtimes.video import video_settings
 
 # architecture -> the names of its classes in transformers and transformers.js
 PROCESSORS = {"smolvlm": "SmolVLMProcessor", "idefics3": "Idefics3Processor"}
@@ -110,7 +111,7 @@ def write_processor_files(folder: Path, spec: ModelSpec, out: Path, max_tiles: i
     check_template(template, where, tokenizer)
     generation = _optional(folder / "generation_config.json")
     files = {
-        "preprocessor_config.json": _image_config(settings, spec),
+        "preprocessor_config.json": _image_config(settings, spec) | video_sampling(folder, processor, settings),
         "processor_config.json": {
             "image_seq_len": spec.tokens_per_tile,
             "processor_class": PROCESSORS[spec.architecture],
@@ -166,6 +167,42 @@ def image_settings(folder: Path, processor: Table, spec: ModelSpec, max_tiles: i
     except ValueError as exc:
         raise CheckpointError(str(exc)) from exc
     return settings
+
+
+def video_sampling(folder: Path, processor: Table, images: ImageSettings) -> Table:
+    """What a bundle's preprocessor_config.json says of videos; nothing if the checkpoint says nothing.
+
+    transformers takes the files in this order, and where one has a `size` it goes before `video_size`.
+
+    Args:
+        folder: the checkpoint.
+        processor: its processor_config.json.
+        images: how its images become tiles, which has to hold for frames too.
+    """
+    if "video_processor" in processor:
+        where, config = f"{folder / 'processor_config.json'}: video_processor", processor["video_processor"]
+    else:
+        names = ("video_preprocessor_config.json", "preprocessor_config.json")
+        path = next((folder / name for name in names if (folder / name).exists()), folder / names[-1])
+        where, config = str(path), _optional(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where} is {type(config).__name__}, want an object")
+    sampling = config.get("video_sampling")
+    if sampling is None:
+        return {}
+    if isinstance(sampling, dict) and "size" in config:
+        sampling = sampling | {"video_size": config["size"]}
+    try:
+        found = video_settings(IMAGE_DEFAULTS | config | {"video_sampling": sampling}, where)
+    except ValueError as exc:
+        raise CheckpointError(str(exc)) from exc
+    for name in ("tile_size", "resample", "rescale_factor", "mean", "std"):
+        video, image = getattr(found.image, name), getattr(images, name)
+        if video != image:
+            raise CheckpointError(f"{where}: {name} of a video is {video}, of an image {image}: the runtime has one")
+    fps = int(found.fps) if found.fps.is_integer() else found.fps
+    edge = {"longest_edge": found.longest_edge}
+    return {"video_sampling": {"fps": fps, "max_frames": found.max_frames, "video_size": edge}}
 
 
 def check_seq_len(path: Path, processor: Table, spec: ModelSpec) -> None:

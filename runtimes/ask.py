@@ -1,11 +1,15 @@
-"""Asks a bundle a question, about images or about nothing but the text, and prints the answer as it comes.
+"""Asks a bundle a question, about images, a PDF, a video or nothing but the text, and prints the answer as it comes.
 
     python -m runtimes.ask BUNDLE --image FILE "What is the total?"
     python -m runtimes.ask BUNDLE --image FILE "What is the total?" --route prefer_on_device --router-config FILE.toml
+    python -m runtimes.ask BUNDLE --pdf FILE --pages 1-3 "What is the total?"
+    python -m runtimes.ask BUNDLE --video FILE --frames 16 "What happens?"
 
+Before it loads the model it says what the images or the video take: tiles, tokens, context, memory.
 The answer goes to stdout, everything else to stderr. Exit code 0: answered; 1: the engine failed, or nobody answered;
-2: the bundle, an image, the question or the configuration cannot be used; 130: interrupted. Without --route nothing but
-the bundle is asked and the router is not even loaded; with it a receipt says who answered, why and at what cost.
+2: the bundle, an image, a video, a PDF, the question or the configuration cannot be used; 130: interrupted. Without
+--route nothing but the bundle is asked and the router is not even loaded; with it a receipt says who answered, why and
+at what cost, and what is asked about is images alone.
 Not covered: more than one question; see runtimes.chat.
 """
 
@@ -19,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.bundle import read_bundle
-from runtimes.chat import Answer, open_chat
+from runtimes.chat import Answer, Chat, read_front
 from runtimes.generate import GREEDY, Sampling
 from runtimes.manifest import BundleError, Manifest
-from runtimes.preprocess import TILE_BUDGETS, ImageError, load_image
-from runtimes.runner import EngineError, InputError
+from runtimes.pdf import read_pdf
+from runtimes.plan import Plan, plan
+from runtimes.preprocess import MAX_EDGE, TILE_BUDGETS, ImageError, load_image
+from runtimes.runner import EngineError, InputError, open_runner
+from runtimes.video import Frames, read_video
 
 ROUTES = ("on_device_only", "prefer_on_device", "prefer_cloud", "cloud_only")
 
@@ -42,22 +49,32 @@ def ask(
     question: str,
     images: Sequence[Path] = (),
     *,
+    pdf: Path | None = None,
+    pages: str | None = None,
+    video: Path | None = None,
+    frames: int | None = None,
     tiles: int | None = None,
     sampling: Sampling = GREEDY,
     threads: int = 0,
     allow_pending: bool = False,
+    on_plan: Callable[[Plan], None] = lambda _: None,
     on_text: Callable[[str], None] = lambda _: None,
 ) -> Asked:
     """Answers one question.
 
     Args:
         folder: a bundle.
-        question: the text, which follows the images.
+        question: the text, which follows the images or the video.
         images: image files.
+        pdf: a PDF, whose pages are further images.
+        pages: of the PDF, such as "1-3,7"; None: all.
+        video: a video file, in place of images.
+        frames: at most this many of the video; None: as the bundle says.
         tiles: at most this many tiles an image (1, 5, 10 or 17); None: as the bundle says.
         sampling: how tokens are chosen.
         threads: of the engine; 0 lets it choose.
         allow_pending: use a bundle whose proof has not passed.
+        on_plan: called with what the question takes, before the engine is loaded.
         on_text: called with each piece of the answer as it comes.
 
     Raises:
@@ -68,12 +85,41 @@ def ask(
         raise InputError("the question is empty")
     if threads < 0:
         raise InputError(f"threads is {threads}, want 0 or more")
+    if video and (images or pdf):
+        raise InputError("images and a video in one question: the model knows either")
+    if pages is not None and not pdf:
+        raise InputError("pages are given without a PDF")
+    if frames is not None and not video:
+        raise InputError("frames are given without a video")
     pictures = [load_image(path) for path in images]
     began = time.perf_counter()
     bundle = read_bundle(folder, allow_pending=allow_pending)
-    chat = open_chat(bundle, tiles=tiles, threads=threads, vision=bool(pictures))
-    load_ms = (time.perf_counter() - began) * 1000
-    reply = chat.ask(question, pictures, sampling)
+    front = read_front(bundle, tiles)
+    load_s = time.perf_counter() - began
+    clip: Frames | None = None
+    drawn = read_pdf(pdf, min(front.images.longest_edge, MAX_EDGE), pages) if pdf else []
+    if video:
+        try:
+            settings = front.video if frames is None else front.video.with_frames(frames)
+        except ValueError as exc:
+            raise InputError(str(exc)) from exc
+        clip = read_video(video, settings)
+    shown = [*pictures, *drawn]
+    on_plan(
+        plan(
+            bundle,
+            front,
+            question,
+            images=[image.size for image in shown],
+            pages=len(drawn),
+            video=clip.part if clip else None,
+            new_tokens=sampling.max_new_tokens,
+        )
+    )
+    began = time.perf_counter()
+    runner = open_runner(bundle, threads=threads, vision=bool(shown or clip))
+    load_ms = (load_s + time.perf_counter() - began) * 1000
+    reply = Chat(runner, front.encoder, front.images, front.video).ask(question, [clip] if clip else shown, sampling)
     for step in reply:
         on_text(step.text)
     return Asked(reply.answer(), bundle.manifest, load_ms)
@@ -115,6 +161,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     command.add_argument("question", metavar="QUESTION")
     command.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    command.add_argument("--pdf", type=Path, metavar="FILE", help="its pages are looked at, behind the images")
+    command.add_argument("--pages", metavar="LIST", help="of the PDF, such as 1-3,7; all by default")
+    command.add_argument("--video", type=Path, metavar="FILE", help="in place of images")
+    command.add_argument("--frames", type=int, metavar="N", help="at most so many of the video")
     command.add_argument("--tiles", type=int, choices=TILE_BUDGETS, help="at most so many tiles an image")
     command.add_argument("--max-new-tokens", type=int, default=GREEDY.max_new_tokens, metavar="N")
     command.add_argument("--temperature", type=float, default=GREEDY.temperature, help="0, the default, is greedy")
@@ -180,11 +230,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = command.parse_args(arguments)
     if args.route is None and (args.router_config or args.confidence or args.consent):
         command.error("--router-config, --confidence and --consent belong to --route")
+    if args.route is not None and (args.pdf or args.video):
+        command.error("--route takes images, no --pdf and no --video")
     shown: list[str] = []
 
     def show(piece: str) -> None:
         shown.append(piece)
         print(piece, end="", flush=True)
+
+    def announce(found: Plan) -> None:
+        if found.media:
+            print(found, file=sys.stderr, flush=True)
 
     try:
         sampling = Sampling(
@@ -196,10 +252,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.bundle,
             args.question,
             args.image,
+            pdf=args.pdf,
+            pages=args.pages,
+            video=args.video,
+            frames=args.frames,
             tiles=args.tiles,
             sampling=sampling,
             threads=args.threads,
             allow_pending=args.allow_pending,
+            on_plan=announce,
             on_text=show,
         )
     except (BundleError, ImageError, InputError, EngineError) as exc:

@@ -10,7 +10,7 @@ Not covered: several conversations at once on one runner.
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,10 @@ from PIL import Image
 from runtimes.bundle import Bundle
 from runtimes.generate import GREEDY, Sampling, TextStream, Token, generate
 from runtimes.manifest import BundleError
-from runtimes.preprocess import ImageSettings, Pixels, preprocess, read_settings
-from runtimes.prompt import ImagePart, Message, PromptEncoder
+from runtimes.preprocess import ImageSettings, Tiles, preprocess, read_settings
+from runtimes.prompt import ImagePart, Message, PromptEncoder, VideoPart
 from runtimes.runner import Cancelled, ContextError, Floats, InputError, Runner, open_runner
+from runtimes.video import EDGE_TILES, Frames, VideoSettings, read_video_settings
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,27 @@ class EncodedImage:
     features: Floats
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What one side said: `role` is "user", "assistant" or "system"; texts and images, or videos, in order."""
+
+    role: str
+    parts: tuple[str | Image.Image | Tiles | EncodedImage | Frames, ...]
+
+
 class Reply:
     """An answer in the making: iterate over its steps; `answer` runs the rest and sums up."""
 
-    def __init__(self, steps: Generator[Step, None, Answer]) -> None:
-        self._steps = steps
+    def __init__(
+        self,
+        steps: Generator[Step, None, Answer],
+        cancel: Callable[[], None],
+        prompt_tokens: int,
+        image_tiles: int,
+    ) -> None:
+        self._steps, self._cancel = steps, cancel
         self._answer: Answer | None = None
+        self.prompt_tokens, self.image_tiles = prompt_tokens, image_tiles  # fed for this answer
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -94,6 +110,10 @@ class Reply:
             raise ValueError("the reply was closed, or failed, before its end")
         return self._answer
 
+    def cancel(self) -> None:
+        """From any thread, also before the first step: the answer ends within a token, as "cancelled"."""
+        self._cancel()
+
     def close(self) -> None:
         """Ends the answer here; the conversation goes on from what was said so far."""
         self._steps.close()
@@ -109,11 +129,20 @@ class Chat:
         runner: used by one conversation at a time.
         encoder: the bundle's tokenizer.
         settings: how images become tiles (`ImageSettings.with_budget` limits their number).
+        video: how videos become frames; None: as the published checkpoints.
         system: what the conversation opens with; "": nothing.
     """
 
-    def __init__(self, runner: Runner, encoder: PromptEncoder, settings: ImageSettings, system: str = "") -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        encoder: PromptEncoder,
+        settings: ImageSettings,
+        video: VideoSettings | None = None,
+        system: str = "",
+    ) -> None:
         self.runner, self.encoder, self.settings, self.system = runner, encoder, settings, system
+        self.video = video or VideoSettings(settings, EDGE_TILES * settings.tile_size)
         self.ids: list[int] = []  # every token of the conversation but a stop token at the end
         self._cache = runner.new_cache()  # holds the first `length` of them
         self._lock = threading.Lock()
@@ -124,8 +153,13 @@ class Chat:
         tiles = preprocess(image, self.settings)
         return EncodedImage(tiles.rows, tiles.cols, self.runner.encode_image(tiles.pixels))
 
-    def ask(self, text: str, images: Sequence[Image.Image | EncodedImage] = (), sampling: Sampling = GREEDY) -> Reply:
-        """Puts a question, after its images, and answers it step by step as the reply is iterated over.
+    def ask(
+        self,
+        text: str,
+        images: Sequence[Image.Image | Tiles | EncodedImage | Frames] = (),
+        sampling: Sampling = GREEDY,
+    ) -> Reply:
+        """Puts a question, after its images or its video, and answers it step by step as the reply is iterated over.
 
         A reply that is cancelled before its first token leaves the conversation as it was.
 
@@ -136,21 +170,50 @@ class Chat:
             raise InputError("the question is empty")
         if not text.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in text):
             raise InputError("the question holds bytes that are no UTF-8 text")
+        return self.say([Turn("user", (*images, text))], sampling)
+
+    def say(self, turns: Sequence[Turn], sampling: Sampling = GREEDY, *, top: int = 0) -> Reply:
+        """Adds turns, of which the last is to be answered, and answers as `ask` does.
+
+        Args:
+            turns: at least one; those of the assistant are taken as its own answers.
+            sampling: how tokens are chosen.
+            top: how many of the most likely tokens each token of the answer brings along.
+
+        Raises:
+            InputError: at once, before anything is run, for turns that cannot be encoded, or mix images and videos.
+            ContextError: likewise, for a prompt beyond the context.
+        """
         began = time.perf_counter()
-        prepared: list[EncodedImage | tuple[ImagePart, Pixels]] = []
-        for image in images:
-            if isinstance(image, EncodedImage):
+        prepared: list[EncodedImage | Tiles | Frames] = []
+        messages = []
+        for turn in turns:
+            parts: list[str | ImagePart | VideoPart] = []
+            for part in turn.parts:
+                if isinstance(part, str):
+                    parts.append(part)
+                    continue
+                image = preprocess(part, self.settings) if isinstance(part, Image.Image) else part
                 prepared.append(image)
-            else:
-                tiles = preprocess(image, self.settings)
-                prepared.append((ImagePart(tiles.rows, tiles.cols), tiles.pixels))
-        parts = [ImagePart(p.rows, p.cols) if isinstance(p, EncodedImage) else p[0] for p in prepared]
-        ids = self._next_ids(Message("user", (*parts, text)))
+                parts.append(image.part if isinstance(image, Frames) else ImagePart(image.rows, image.cols))
+            messages.append(Message(turn.role, tuple(parts)))
+        if len({isinstance(image, Frames) for image in prepared}) > 1:
+            raise InputError("images and a video in one conversation: the model knows either")
+        ids = self._next_ids(messages)
         used, context = len(self.ids), self.runner.settings.context
         if used + len(ids) > context:
             already = f"{used:,} tokens of conversation and " if used else ""
             raise ContextError(f"the context of {context:,} has no room for {already}a prompt of {len(ids):,} tokens")
-        return Reply(self._answer(used, ids, prepared, sampling, (time.perf_counter() - began) * 1000))
+        stopped = threading.Event()
+
+        def cancel() -> None:
+            stopped.set()  # before the lock: an answer that is not at work yet will see it
+            self.cancel()
+
+        preprocess_ms = (time.perf_counter() - began) * 1000
+        steps = self._answer(used, ids, prepared, sampling, top, preprocess_ms, stopped)
+        tiles = sum(len(i.features if isinstance(i, EncodedImage) else i.pixels) for i in prepared)
+        return Reply(steps, cancel, len(ids), tiles)
 
     def cancel(self) -> None:
         """From any thread: the answer in the making ends within a token, as "cancelled"."""
@@ -158,14 +221,14 @@ class Chat:
             if self._busy:
                 self.runner.cancel()
 
-    def _next_ids(self, message: Message) -> list[int]:
-        """The tokens that this turn adds to the conversation, the opening of the reply included."""
+    def _next_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens that these turns add to the conversation, the opening of the reply included."""
         try:
             if not self.ids:
                 opening = [Message("system", (self.system,))] if self.system else []
-                return self.encoder.encode([*opening, message])
+                return self.encoder.encode([*opening, *messages])
             # Encoded after an answer's end token, so that what follows that token is split as in a whole chat.
-            ids = self.encoder.encode([Message("assistant", ("",)), message], start=False)
+            ids = self.encoder.encode([Message("assistant", ("",)), *messages], start=False)
         except ValueError as exc:
             raise InputError(str(exc)) from exc
         return ids[ids.index(self.encoder.end_id) :]
@@ -174,9 +237,11 @@ class Chat:
         self,
         used: int,
         ids: list[int],
-        images: Sequence[EncodedImage | tuple[ImagePart, Pixels]],
+        images: Sequence[EncodedImage | Tiles | Frames],
         sampling: Sampling,
+        top: int,
         preprocess_ms: float,
+        stopped: threading.Event,
     ) -> Generator[Step, None, Answer]:
         stops = self.runner.settings.eos_ids
         stream = TextStream(self.encoder.decode)
@@ -187,13 +252,15 @@ class Chat:
                 raise InputError("the conversation is at another answer already: one question at a time")
             self._busy = True
             self.runner.resume()
+            if stopped.is_set():
+                self.runner.cancel()
         try:
             began = time.perf_counter()
-            rows = [i.features if isinstance(i, EncodedImage) else self.runner.encode_image(i[1]) for i in images]
+            rows = [i.features if isinstance(i, EncodedImage) else self.runner.encode_image(i.pixels) for i in images]
             tiles, image_ms = sum(len(r) for r in rows), (time.perf_counter() - began) * 1000
             features = np.concatenate([r.reshape(-1, r.shape[-1]) for r in rows]) if rows else None
             unfed = self.ids[self._cache.length :] + ids
-            for token in generate(self.runner, self._cache, unfed, features, sampling, self.ids):
+            for token in generate(self.runner, self._cache, unfed, features, sampling, self.ids, top):
                 if not tokens:
                     self.ids += ids
                 tokens.append(token)
@@ -218,22 +285,21 @@ class Chat:
         return Answer(text, found, logprobs, reason, len(ids), tiles, timings)
 
 
-def open_chat(bundle: Bundle, *, tiles: int | None = None, threads: int = 0, vision: bool = False) -> Chat:
-    """A conversation with a bundle.
+@dataclass(frozen=True)
+class Front:
+    """What makes a bundle's tokens and tiles; no engine."""
 
-    Args:
-        bundle: as read by `read_bundle`.
-        tiles: at most this many an image (1, 5, 10 or 17); None: as the bundle says.
-        threads: 0 lets the engine choose.
-        vision: load the vision tower now; otherwise the first image does.
+    encoder: PromptEncoder
+    images: ImageSettings
+    video: VideoSettings
 
-    Raises:
-        BundleError: naming the file that is wrong, or disagrees with another.
-        InputError: for another number of tiles.
-    """
+
+def read_front(bundle: Bundle, tiles: int | None = None) -> Front:
+    """Reads the files of a bundle that come before its graphs. Arguments and errors as `open_chat`."""
+    path = bundle.path("preprocessor_config.json")
     try:
         encoder = PromptEncoder.from_folder(bundle.folder)
-        images = read_settings(bundle.path("preprocessor_config.json"))
+        images, video = read_settings(path), read_video_settings(path)
     except ValueError as exc:
         raise BundleError(str(exc)) from exc
     sizes = bundle.manifest
@@ -249,4 +315,21 @@ def open_chat(bundle: Bundle, *, tiles: int | None = None, threads: int = 0, vis
             images = images.with_budget(tiles)
         except ValueError as exc:
             raise InputError(str(exc)) from exc
-    return Chat(open_runner(bundle, threads=threads, vision=vision), encoder, images)
+    return Front(encoder, images, video)
+
+
+def open_chat(bundle: Bundle, *, tiles: int | None = None, threads: int = 0, vision: bool = False) -> Chat:
+    """A conversation with a bundle.
+
+    Args:
+        bundle: as read by `read_bundle`.
+        tiles: at most this many an image (1, 5, 10 or 17); None: as the bundle says.
+        threads: 0 lets the engine choose.
+        vision: load the vision tower now; otherwise the first image does.
+
+    Raises:
+        BundleError: naming the file that is wrong, or disagrees with another.
+        InputError: for another number of tiles.
+    """
+    front = read_front(bundle, tiles)
+    return Chat(open_runner(bundle, threads=threads, vision=vision), front.encoder, front.images, front.video)

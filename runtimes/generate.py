@@ -61,6 +61,7 @@ class Token:
     logprob: float
     margin: float
     ms: float
+    top: tuple[tuple[int, float], ...] = ()  # the most likely ids with their log-probabilities, where asked for
 
 
 def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
@@ -104,6 +105,7 @@ def generate(
     features: Floats | None = None,
     sampling: Sampling = GREEDY,
     seen: Sequence[int] = (),
+    top: int = 0,
 ) -> Iterator[Token]:
     """Feeds `ids`, then samples until a stop token, `max_new_tokens` or the end of the context.
 
@@ -117,6 +119,7 @@ def generate(
         features: f32 [M, hidden], a row for each image token in `ids`.
         sampling: how.
         seen: the tokens in the cache, for the repetition penalty.
+        top: how many of the most likely tokens each token brings along, whatever was chosen.
 
     Raises:
         InputError: if `ids` cannot be run.
@@ -133,9 +136,10 @@ def generate(
         token = int(np.argmax(chances)) if sampling.temperature == 0 else _draw(chances, random)
         now = time.perf_counter()
         odds = log_softmax(logits)
+        best = tuple((int(i), float(odds[i])) for i in np.argsort(-odds, kind="stable")[:top]) if top else ()
         logprob = float(odds[token])
         odds[[token, runner.settings.image_id]] = -np.inf
-        yield Token(token, logprob, logprob - float(odds.max()), (now - began) * 1000)
+        yield Token(token, logprob, logprob - float(odds.max()), (now - began) * 1000, best)
         if not left or token in runner.settings.eos_ids or cache.length >= runner.settings.context:
             return
         began = time.perf_counter()
@@ -174,3 +178,40 @@ class TextStream:
         if whole:
             self._ids, self._sent = [], 0
         return piece
+
+
+class StopText:
+    """Text in, text out, up to the first of some strings: what may be the beginning of one waits for the rest.
+
+    Args:
+        stops: none of them empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """The text that is certain to be before any stop string; "" once one was seen."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = next((n for n in range(self._longest(text), 0, -1) if self._begins(text[-n:])), 0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back, at the end of the text."""
+        text, self._held = self._held, ""
+        return text
+
+    def _longest(self, text: str) -> int:
+        return min(len(text), max((len(stop) - 1 for stop in self._stops), default=0))
+
+    def _begins(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self._stops)

@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from router_client.local import ContextTooLongError, Question, Token
-from runtimes.chat import Chat
+from runtimes.chat import Chat, Reply
 from runtimes.generate import GREEDY, Sampling
 from runtimes.manifest import BundleError
-from runtimes.preprocess import load_image
+from runtimes.preprocess import decode_image, load_image
 from runtimes.prompt import ImagePart, Message, chat_string
 from runtimes.runner import ContextError, EngineError, InputError
 
@@ -62,19 +62,19 @@ class LocalLeg:
             BundleError, ImageError, InputError, EngineError: if it cannot be answered.
         """
         sampling = replace(self._sampling, max_new_tokens=question.max_tokens, temperature=question.temperature)
-        pictures = [load_image(picture) for picture in question.images]
+        pictures = [decode_image(p) if isinstance(p, bytes) else load_image(p) for p in question.images]
         loaded = self.loaded()
         stops = loaded.runner.settings.eos_ids
         with self._turn(stop) as wanted:
             if not wanted:
                 return
-            chat = Chat(loaded.runner, loaded.encoder, loaded.settings, question.system)
+            chat = Chat(loaded.runner, loaded.encoder, loaded.settings, system=question.system)
             try:
                 reply = chat.ask(question.text, pictures, sampling)
             except ContextError as exc:
                 raise ContextTooLongError(str(exc)) from exc
             ended = False
-            with _cancelled_by(stop, chat):
+            with _cancelled_by(stop, reply):
                 for step in reply:
                     ended = step.token.id in stops
                     yield Token(step.text, step.token.logprob, step.token.margin, "stop" if ended else "")
@@ -98,14 +98,15 @@ class LocalLeg:
 
 
 @contextmanager
-def _cancelled_by(stop: threading.Event, chat: Chat) -> Iterator[None]:
+def _cancelled_by(stop: threading.Event, reply: Reply) -> Iterator[None]:
     """Ends what the engine is at once `stop` is set: an image or a prompt can take seconds."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(POLL_S):
             if stop.is_set():
-                chat.cancel()  # and again: one that comes before the answer has begun is forgotten
+                reply.cancel()
+                return
 
     watcher = threading.Thread(target=watch, daemon=True, name="local leg")
     watcher.start()

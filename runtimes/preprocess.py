@@ -5,13 +5,15 @@ The steps (and every rounding in them) follow `SmolVLMImageProcessorPil` of tran
     EXIF-transpose -> RGB on white -> longest edge to `longest_edge` -> sides up to multiples of the
     tile size -> tiles row by row, then the whole image as one tile -> 1/255, mean, std
 
-Not covered: the torchvision processor (another filter), video, and formats that are programs (EPS).
+Not covered: the torchvision processor (other rounding), and formats that are programs (EPS). Videos: video.py.
 """
 
 import io
 import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,46 +138,84 @@ def settings_from_config(config: dict[str, Any], where: str) -> ImageSettings:
     )
 
 
-def read_settings(path: Path) -> ImageSettings:
-    """Reads a preprocessor_config.json file. Raises ValueError naming the file and the field."""
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError naming the file."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise ValueError(f"{path}: cannot be read as JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds {type(config).__name__}, want an object")
-    return settings_from_config(config, str(path))
+    return config
 
 
-def load_image(source: Path | str | bytes) -> Image.Image:
-    """Opens, decodes and EXIF-transposes an image file, or the bytes of one; of an animation, the first frame.
+def read_settings(path: Path) -> ImageSettings:
+    """Reads a preprocessor_config.json file. Raises ValueError naming the file and the field."""
+    return settings_from_config(read_config(path), str(path))
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """Opens, decodes and EXIF-transposes an image file; of an animation, the first frame.
 
     Raises:
         ImageError: naming the file, if it is missing, not an image, damaged, or larger than
             MAX_IMAGE_PIXELS (the size is read from the header, before decoding).
     """
-    path = "the image" if isinstance(source, bytes) else source
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with _opened(path, str(path)) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def decode_image(data: bytes, pixels: int = MAX_IMAGE_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """As `load_image`, for a file's content.
+
+    Args:
+        data: the file.
+        pixels: more are refused before anything is decoded.
+        formats: Pillow's names of those that are accepted; None: all.
+
+    Raises:
+        ImageError: likewise.
+    """
+    with _opened(io.BytesIO(data), "the image", pixels, formats) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def check_image(data: bytes, pixels: int, formats: tuple[str, ...]) -> None:
+    """Reads the header alone. Raises ImageError as `decode_image` does; the rest may still be damaged."""
+    with _opened(io.BytesIO(data), "the image", pixels, formats):
+        pass
+
+
+@contextmanager
+def _opened(
+    source: Path | str | io.BytesIO,
+    where: str,
+    pixels: int = MAX_IMAGE_PIXELS,
+    formats: tuple[str, ...] | None = None,
+) -> Iterator[Image.Image]:
+    """An image of which only the header was read; what goes wrong with it is an ImageError."""
     try:
         # Pillow warns of large sizes and of damaged metadata: the image is refused here, or good enough.
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=formats) as image:
             width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
-                raise ImageError(f"{path}: {width} x {height} pixels, at most {MAX_IMAGE_PIXELS:,} are accepted")
+            if width * height > pixels:
+                raise ImageError(f"{where}: {width} x {height} pixels, at most {pixels:,} are accepted")
             if image.format == "EPS":
-                raise ImageError(f"{path}: is a PostScript program, which is not run")
-            image.load()
-            return ImageOps.exif_transpose(image)
+                raise ImageError(f"{where}: is a PostScript program, which is not run")
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as exc:
-        raise ImageError(f"{path}: not an image in a format that Pillow reads") from exc
+        wanted = f"{', '.join(formats)}, which are accepted" if formats else "a format that Pillow reads"
+        raise ImageError(f"{where}: not an image in {wanted}") from exc
     except Image.DecompressionBombError as exc:
-        raise ImageError(f"{path}: more pixels than the {MAX_IMAGE_PIXELS:,} accepted ({exc})") from exc
+        raise ImageError(f"{where}: more pixels than the {pixels:,} accepted ({exc})") from exc
     except OSError as exc:
-        raise ImageError(f"{path}: cannot be read as an image: {exc.strerror or exc}") from exc
+        raise ImageError(f"{where}: cannot be read as an image: {exc.strerror or exc}") from exc
     except Exception as exc:  # on damaged files Pillow's decoders raise what they happen to run into
-        raise ImageError(f"{path}: is damaged: {type(exc).__name__}: {exc}") from exc
+        raise ImageError(f"{where}: is damaged: {type(exc).__name__}: {exc}") from exc
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -224,6 +264,17 @@ def grid_size(width: int, height: int, tile: int) -> tuple[int, int]:
         height = math.ceil(height / tile) * tile
         width = math.ceil(int(height * aspect) / tile) * tile
     return width, height
+
+
+def tile_grid(width: int, height: int, settings: ImageSettings) -> tuple[int, int]:
+    """Rows and columns of tiles that an image of this size is cut into; 0, 0 if it is not split."""
+    if not settings.split:
+        return 0, 0
+    if settings.resize:
+        width, height = resized_size(width, height, settings.longest_edge)
+    width, height = grid_size(width, height, settings.tile_size)
+    tile = settings.tile_size
+    return (0, 0) if width <= tile and height <= tile else (height // tile, width // tile)
 
 
 def cut(image: Image.Image, settings: ImageSettings) -> tuple[list[Image.Image], int, int]:

@@ -8,7 +8,7 @@ encoded as the characters that it consists of, so that no text can end a turn, o
 an image; Hugging Face does the same if `apply_chat_template` is told to `sanitize_control_tokens`, and by
 default does not. `<image>` in a text is an error: whoever writes it means an image.
 
-Not covered: text that merely looks like a turn ("\\nAssistant: ..."), which is a matter for the model; video.
+Not covered: text that merely looks like a turn ("\\nAssistant: ..."), which is a matter for the model.
 """
 
 import json
@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +25,16 @@ from tokenizers import Tokenizer
 FAKE, IMAGE, GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 START, END = "<|im_start|>", "<end_of_utterance>"
 ROLES = ("user", "assistant", "system")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which a byte-level BPE spells bytes: printable ones stand for themselves."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in kept]
+    return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTES = _byte_alphabet()
 
 
 @dataclass(frozen=True)
@@ -44,11 +55,28 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class VideoPart:
+    """The place of a video in a message, each frame a tile: its length, and each frame's time, in whole seconds."""
+
+    seconds: int
+    at: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.at) < 1000 or min(self.seconds, *self.at) < 0:
+            raise ValueError(f"a video of {len(self.at)} frames and {self.seconds} s, want 1 to 999 frames")
+
+    @property
+    def tiles(self) -> int:
+        """One a frame."""
+        return len(self.at)
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn: `role` is "user", "assistant" or "system"; parts are text and images in order."""
+    """One turn: `role` is "user", "assistant" or "system"; parts are text, images and videos in order."""
 
     role: str
-    parts: tuple[str | ImagePart, ...]
+    parts: tuple[str | ImagePart | VideoPart, ...]
 
 
 def image_string(part: ImagePart, seq_len: int) -> str:
@@ -61,6 +89,33 @@ def image_string(part: ImagePart, seq_len: int) -> str:
         for r in range(1, part.rows + 1)
     ]
     return "".join(f"{line}\n" for line in lines) + "\n" + whole
+
+
+ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def number_words(number: int) -> str:
+    """A number from 0 to 999 in English: "three hundred and twenty-one"."""
+    hundreds, rest = divmod(number, 100)
+    tens, ones = divmod(rest, 10)
+    words = ONES[rest] if rest < 20 else TENS[tens] + (f"-{ONES[ones]}" if ones else "")
+    if not hundreds:
+        return words
+    return f"{ONES[hundreds]} hundred" + (f" and {words}" if rest else "")
+
+
+def video_string(part: VideoPart, seq_len: int) -> str:
+    """What stands for a video whose frames are `seq_len` tokens each: length, and each frame with its time."""
+    frame = image_string(ImagePart(0, 0), seq_len)
+    intro = (
+        f"You are provided the following series of {number_words(part.tiles)} frames "
+        f"from a {timedelta(seconds=part.seconds)} [H:MM:SS] video.\n"
+    )
+    return intro + "".join(f"\nFrame from {s // 60:02d}:{s % 60:02d}:{frame}" for s in part.at) + "\n\n"
 
 
 def chat_string(messages: Sequence[Message], seq_len: int, *, reply: bool = True, start: bool = True) -> str:
@@ -89,14 +144,14 @@ def _pieces(messages: Sequence[Message], seq_len: int, reply: bool, start: bool)
             raise ValueError(f"a message's role is {message.role!r}, want one of {', '.join(ROLES)}")
         if not message.parts:
             raise ValueError(f"a {message.role} message without content")
-        yield message.role.capitalize() + (": " if isinstance(message.parts[0], str) else ":"), False
+        yield message.role.capitalize() + (":" if isinstance(message.parts[0], ImagePart) else ": "), False
         text = ""  # neighbouring texts are one: together they may spell what neither does
         for part in message.parts:
             if isinstance(part, str):
                 text += part
                 continue
             yield text, True
-            yield image_string(part, seq_len), False
+            yield image_string(part, seq_len) if isinstance(part, ImagePart) else video_string(part, seq_len), False
             text = ""
         yield text, True
         yield f"{END}\n", False
@@ -124,7 +179,8 @@ class PromptEncoder:
             ids[token] = found
         self.image_id: int = ids[IMAGE]
         self.end_id: int = ids[END]
-        added = tokenizer.get_added_tokens_decoder().values()
+        self._added = tokenizer.get_added_tokens_decoder()
+        added = self._added.values()
         special = {t.content for t in added if t.special and t.content} | set(ids)
         self._special_ids = frozenset(tokenizer.token_to_id(t) for t in special)
         self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)))
@@ -194,6 +250,20 @@ class PromptEncoder:
 
     def _count(self, ids: list[int]) -> Counter[int]:
         return Counter(i for i in ids if i in self._special_ids)
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token that text gives: n tokens are at most n times as many bytes of text."""
+        return max(len(self.token_bytes(i) or b"") for i in range(self.tokenizer.get_vocab_size()))
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token adds to a text; None for a special token, and for an id beyond the tokenizer."""
+        name = self.tokenizer.id_to_token(token)
+        if name is None or token in self._special_ids:
+            return None
+        if token not in self._added and BYTES.keys() >= set(name):
+            return bytes(BYTES[c] for c in name)
+        return str(name).encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

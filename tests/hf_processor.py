@@ -52,6 +52,26 @@ class HfProcessor:
         """
         return self._request({"folder": str(folder), "turns": turns} | options)
 
+    def ask_video(
+        self, folder: Path, question: str, frames: Sequence[int] | Path, fps: float, duration: float, **options: Any
+    ) -> dict[str, Any]:
+        """What the processor in `folder` makes of a question that follows a video.
+
+        Args:
+            folder: the checkpoint; its preprocessor_config.json has `video_sampling`.
+            question: the text.
+            frames: a file of u8 [N, H, W, 3], or N, H and W of a black video.
+            fps: of the video.
+            duration: of the video in seconds.
+            options: num_frames (at most), before (a text in front of the video), pixels (file for f32 [N, 3, S, S]).
+
+        Returns:
+            `text` with the video expanded, its `ids`, and the frames' `indices`; or `error` alone.
+        """
+        given = str(frames) if isinstance(frames, Path) else list(frames)
+        video = {"frames": given, "fps": fps, "duration": duration, "question": question} | options
+        return self._request({"folder": str(folder), "video": video})
+
     def _request(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._child.stdin
         assert self._child.stdout
@@ -100,11 +120,51 @@ def load(folder: str) -> Any:
     return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
+def answer_video(processor: Any, video: dict[str, Any]) -> dict[str, Any]:
+    """See HfProcessor.ask_video."""
+    import numpy as np
+
+    given = video["frames"]
+    frames = np.load(given) if isinstance(given, str) else np.zeros((*given, 3), dtype=np.uint8)
+    content = [{"type": "video"}, {"type": "text", "text": video["question"]}]
+    if "before" in video:
+        content.insert(0, {"type": "text", "text": video["before"]})
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    metadata = {"total_num_frames": len(frames), "fps": video["fps"], "duration": video["duration"]}
+    found = processor.video_processor(
+        [frames],
+        video_metadata=[metadata],
+        do_sample_frames=True,
+        num_frames=video.get("num_frames"),
+        return_metadata=True,
+        return_tensors="pt",
+    )
+    if "pixels" in video:
+        np.save(video["pixels"], found["pixel_values"][0].numpy())
+    whole = processor(
+        text=text,
+        videos=[frames],
+        return_tensors="pt",
+        videos_kwargs={
+            "video_metadata": [metadata],
+            "do_sample_frames": True,
+            "num_frames": video.get("num_frames", processor.video_processor.num_frames),
+        },
+    )
+    return {
+        "text": text.replace("<video>", processor.replace_video_token(found, 0)),
+        "ids": whole["input_ids"][0].tolist(),
+        "indices": [int(i) for i in found["video_metadata"][0].frames_indices],
+    }
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """See HfProcessor.ask and save."""
+    """See HfProcessor.ask, ask_video and save."""
     from PIL import Image
 
     processor = load(request["folder"])
+    if "video" in request:
+        return answer_video(processor, request["video"])
     if "save" in request:
         processor.save_pretrained(request["save"])
         return {}

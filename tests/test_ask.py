@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ from PIL import Image
 
 import runtimes.ask
 from runtimes.ask import ask, main
-from runtimes.bundle import read_bundle
+from runtimes.bundle import Bundle, read_bundle
+from runtimes.chat import read_front
 from runtimes.generate import Sampling
+from runtimes.plan import plan
+from runtimes.prompt import VideoPart
 from runtimes.runner import EngineError
-from tests.fakes import CONTEXT, make_bundle
+from tests.fakes import CONTEXT, SEQ_LEN, make_bundle
+from tests.media import pages_pdf, picture, write_video
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +42,24 @@ def pending(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def image(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
     return tmp_path / "red.png"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of four seconds."""
+    pytest.importorskip("av", reason="PyAV is not installed: pip install '.[video]'")
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    write_video(path, (picture(i) for i in range(40)), rate=10)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pdf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PDF of three pages, twice as wide as high: three tiles each."""
+    pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed: pip install '.[pdf]'")
+    path = tmp_path_factory.mktemp("pdf") / "three.pdf"
+    path.write_bytes(pages_pdf(["1 0 0 rg 0 0 100 100 re f"] * 3))
+    return path
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -91,6 +115,76 @@ def test_without_an_image_it_answers_text(bundle: Path, capsys: pytest.CaptureFi
     assert (code, json.loads(out.splitlines()[-1])["image_tiles"]) == (0, 0)
 
 
+def test_it_answers_about_a_video_and_says_first_what_that_takes(
+    bundle: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, bundle, "--video", clip, "--max-new-tokens", 5, "--json", "What?")
+    found = json.loads(out.splitlines()[-1])
+    assert (code, found["image_tiles"]) == (0, 4)
+    first = err.splitlines()[0]
+    assert first.startswith(f"4 frames of a video of 4 s: 4 tiles, {4 * SEQ_LEN} image tokens; prompt of ")
+    assert f" {found['prompt_tokens']} tokens, {found['prompt_tokens'] / CONTEXT:.0%} of the context of 384" in first
+    held = min(CONTEXT, found["prompt_tokens"] + 5 + 64)
+    assert f"; memory: cache {held * 8 * 2 * 2 * 16 / 2**20:,.1f} MiB" in first
+    fewer = run(capsys, bundle, "--video", clip, "--frames", 2, "--max-new-tokens", 5, "--json", "What?")[1]
+    assert json.loads(fewer.splitlines()[-1])["image_tiles"] == 2
+
+
+def test_it_answers_about_pages_of_a_pdf_behind_images(
+    bundle: Path, image: Path, pdf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, bundle, "--image", image, "--pdf", pdf, "--pages", "3,1", "--json", "What?")
+    assert (code, json.loads(out.splitlines()[-1])["image_tiles"]) == (0, 9)
+    assert err.startswith(f"1 image, 2 pages: 9 tiles, {9 * SEQ_LEN} image tokens; prompt of ")
+
+
+def test_what_is_beyond_the_context_is_refused_with_what_would_fit(
+    bundle: Path, clip: Path, pdf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = "x" * 200
+    code, out, err = run(capsys, bundle, "--video", clip, question)
+    match = re.fullmatch(
+        r"error: the context of 384 has no room for a prompt of (\d+) tokens for 4 frames of a video of 4 s of 4 "
+        r"tiles; --frames (\d) would fit\n",
+        err,
+    )
+    assert match, err
+    assert (code, out, int(match[1]) > 384) == (2, "", True)
+    assert run(capsys, bundle, "--video", clip, "--frames", match[2], question)[0] == 0
+    assert run(capsys, bundle, "--video", clip, "--frames", int(match[2]) + 1, question)[0] == 2
+
+    question = "x" * 310
+    code, _, err = run(capsys, bundle, "--pdf", pdf, question)
+    match = re.search(r"for 3 pages of 9 tiles; --tiles (\d) or (\d) of the pages \(--pages\) would fit\n$", err)
+    assert match, err
+    assert run(capsys, bundle, "--pdf", pdf, "--tiles", match[1], question)[0] == 0
+    assert run(capsys, bundle, "--pdf", pdf, "--pages", f"1-{match[2]}", question)[0] == 0
+    assert run(capsys, bundle, "--pdf", pdf, "--pages", f"1-{int(match[2]) + 1}", question)[0] == 2
+    assert "would fit" not in run(capsys, bundle, "--video", clip, "x" * 384)[2]
+
+
+def test_memory_is_said_where_the_bundle_has_the_sizes(bundle: Path) -> None:
+    found = read_bundle(bundle)
+    front = read_front(found)
+    assert plan(found, front, "What?").peak_bytes is None  # the fake's config.json lacks them
+    whole = {
+        "text_config": {"num_attention_heads": 4, "intermediate_size": 64, "num_key_value_heads": 2, "hidden_size": 32},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "image_size": 8, "patch_size": 4},
+    }
+
+    class Whole(Bundle):
+        def json(self, name: str) -> dict[str, Any]:
+            return whole if name == "config.json" else super().json(name)
+
+    sized = Whole(found.folder, replace(found.manifest, recipe=replace(found.manifest.recipe, tensors={})))
+    text = plan(sized, front, "What?", new_tokens=9)
+    video = plan(sized, front, "What?", video=VideoPart(3, (0, 1, 2)), new_tokens=9)
+    assert text.peak_bytes
+    assert video.peak_bytes
+    assert video.peak_bytes > text.peak_bytes > 2**20
+    assert f"about {video.peak_bytes / 2**20:,.0f} MiB in all" in str(video)
+
+
 def test_sampling_options_reach_the_sampler_and_a_seed_repeats(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,13 +214,29 @@ BAD: dict[str, tuple[list[str], str]] = {
     "max new tokens": (["--max-new-tokens", "0", "What?"], "max_new_tokens is 0"),
     "temperature": (["--temperature", "nan", "What?"], "temperature is nan"),
     "threads": (["--threads", "-1", "What?"], "threads is -1"),
+    "a video with an image": (["--video", "CLIP", "--image", "RED", "What?"], "images and a video in one question"),
+    "a video with a PDF": (["--video", "CLIP", "--pdf", "PDF", "What?"], "images and a video in one question"),
+    "no video": (["--video", "TEXT", "What?"], "text.png: cannot be read as a video"),
+    "no video there": (["--video", "nowhere.mp4", "What?"], "nowhere.mp4: is no file"),
+    "no frames": (["--video", "CLIP", "--frames", "0", "What?"], "0 frames of a video, want 1 to 999"),
+    "frames of nothing": (["--frames", "3", "What?"], "frames are given without a video"),
+    "no PDF": (["--pdf", "TEXT", "What?"], "text.png: cannot be read as a PDF"),
+    "pages of nothing": (["--pages", "1", "What?"], "pages are given without a PDF"),
+    "no such page": (["--pdf", "PDF", "--pages", "4", "What?"], "three.pdf: pages 4 asked for, it has 1 to 3"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("as_json", [False, True])
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
-    bundle: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, as_json: bool
+    bundle: Path,
+    image: Path,
+    clip: Path,
+    pdf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+    as_json: bool,
 ) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes(image.read_bytes()[:-30])
@@ -135,6 +245,7 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(bomb)
     files = {name.upper(): str(tmp_path / f"{name}.png") for name in ("text", "half", "bomb")}
+    files |= {"CLIP": str(clip), "PDF": str(pdf), "RED": str(image)}
     arguments, message = BAD[case]
     code, out, err = run(capsys, bundle, *(["--json"] if as_json else []), *(files.get(a, a) for a in arguments))
     assert code == 2

@@ -18,6 +18,7 @@ from export.processor import DEFAULT_TEMPLATE, PICTURE, SAMPLES, check_template,
 from export.spec import CheckpointError, ModelSpec, TextSpec, VisionSpec
 from runtimes.preprocess import TILE_BUDGETS, read_settings
 from runtimes.prompt import IMAGE, ImagePart, Message, PromptEncoder
+from runtimes.video import Clip, read_video_settings, sample_indices
 from tests.checkpoints import tiny_tokenizer
 from tests.hf_processor import hf_processor
 
@@ -35,7 +36,7 @@ SPEC = ModelSpec(
     pad_id=2,
 )
 IDEFICS3 = ModelSpec(**{**vars(SPEC), "architecture": "idefics3"})
-IMAGES = {
+IMAGES: dict[str, Any] = {
     "do_convert_rgb": True,
     "do_image_splitting": True,
     "do_normalize": True,
@@ -51,6 +52,8 @@ IMAGES = {
     "rescale_factor": 0.00392156862745098,
     "size": {"longest_edge": 3 * TILE},
 }
+
+WHOLE_SAMPLING = {"fps": 1, "max_frames": 64, "video_size": IMAGES["size"]}
 
 
 def edit(path: Path, change: dict[str, Any], *drop: str) -> None:
@@ -99,7 +102,7 @@ def test_the_files_are_those_that_transformers_js_reads(folder: Path, out: Path)
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert files["preprocessor_config.json"] == IMAGES
+    assert files["preprocessor_config.json"] == IMAGES | {"video_sampling": WHOLE_SAMPLING}
     assert files["processor_config.json"] == {"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}
     assert files["tokenizer_config.json"]["chat_template"] == CHAT_TEMPLATE
     assert files["tokenizer_config.json"]["eos_token"] == "<end_of_utterance>"
@@ -173,6 +176,7 @@ def test_without_a_template_the_familys_own_is_written(folder: Path, out: Path) 
 
 def test_an_image_processor_in_processor_config_goes_before_preprocessor_config(folder: Path, out: Path) -> None:
     edit(folder / "processor_config.json", {"image_processor": IMAGES | {"resample": 3}})
+    edit(folder / "preprocessor_config.json", {}, "video_sampling")
     assert written(folder, out)["preprocessor_config.json"]["resample"] == 3
 
 
@@ -191,10 +195,62 @@ def test_settings_that_are_left_out_are_those_that_transformers_assumes(folder: 
 def test_transformers_reads_the_bundles_files_as_the_checkpoints(folder: Path, out: Path) -> None:
     written(folder, out)
     theirs, ours = (SmolVLMImageProcessorPil.from_pretrained(f).to_dict() for f in (folder, out))
-    assert ours == {k: v for k, v in theirs.items() if k != "video_sampling"}
+    assert ours == theirs | {"video_sampling": WHOLE_SAMPLING}
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert tokenizer.image_token == IMAGE
+
+
+SAMPLING = {"fps": 2, "max_frames": 5, "video_size": {"longest_edge": 100}}
+
+
+def in_preprocessor(folder: Path) -> None:
+    edit(folder / "preprocessor_config.json", {"video_sampling": SAMPLING})
+
+
+def in_a_file_for_videos(folder: Path) -> None:
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    edit(folder / "video_preprocessor_config.json", config | {"video_sampling": SAMPLING})
+
+
+def as_transformers_5_saves(folder: Path) -> None:
+    in_preprocessor(folder)
+    saved = folder / "saved"
+    hf_processor().save(folder, saved)
+    (folder / "preprocessor_config.json").unlink()
+    shutil.copy(saved / "processor_config.json", folder)
+
+
+@pytest.mark.parametrize("place", [in_preprocessor, in_a_file_for_videos, as_transformers_5_saves])
+def test_videos_are_sampled_as_the_checkpoint_says(folder: Path, out: Path, place: Callable[[Path], None]) -> None:
+    place(folder)
+    edge = IMAGES["size"]["longest_edge"]
+    wanted = SAMPLING | {"video_size": {"longest_edge": edge}}  # transformers lets size go before it
+    assert written(folder, out)["preprocessor_config.json"]["video_sampling"] == wanted
+    theirs, ours = (hf_processor().ask_video(f, "What?", (90, 4, 6), 30.0, 3.0) for f in (folder, out))
+    assert theirs == ours
+    assert len(theirs["indices"]) == 5
+    settings = read_video_settings(out / "preprocessor_config.json")
+    assert list(sample_indices(Clip(90, 30.0, 3.0), settings)) == theirs["indices"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video_sampling": 1}, "video_sampling is 1"),
+        ({"video_sampling": {"fps": -1}}, "video_sampling.fps is -1"),
+        ({"video_sampling": SAMPLING, "image_mean": [0.1, 0.2, 0.3]}, "mean of a video is"),
+        ({"video_sampling": SAMPLING, "resample": 3}, "resample of a video is 3, of an image 1"),
+    ],
+)
+def test_settings_of_videos_that_the_runtime_cannot_follow_are_refused(
+    folder: Path, out: Path, change: dict[str, Any], message: str
+) -> None:
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    edit(folder / "video_preprocessor_config.json", config | change)
+    with pytest.raises(CheckpointError, match=message):
+        write_processor_files(folder, SPEC, out, None)
+    assert list(out.iterdir()) == []
 
 
 def test_transformers_processor_of_the_bundle_gives_the_runtimes_tokens(folder: Path, out: Path) -> None:

@@ -41,9 +41,13 @@ PACKAGES: dict[str, set[str]] = {
 
 # for one file alone: what only some systems or uses have, imported where it is used
 FILE_PACKAGES = {
+    "runtimes/api.py": {"starlette", "uvicorn"},
     "runtimes/coreml.py": {"coremltools"},
     "runtimes/keys.py": {"nacl"},
+    "runtimes/pdf.py": {"pypdfium2"},
     "runtimes/publish.py": {"huggingface_hub"},
+    "runtimes/serve.py": {"starlette", "uvicorn"},
+    "runtimes/video.py": {"av"},
 }
 
 # Names of what is made on a machine and is no part of the project, as patterns.
@@ -341,7 +345,15 @@ def test_make_hands_over_a_device_and_what_runs_on_it(echo: Path) -> None:
     assert json.loads(done.stdout) == ["-m", "device_harness.run", *want]
 
 
-@pytest.mark.parametrize("action", ["ask", "verify", "export-android", "quality", "confidence", "search", "run-device"])
+def test_make_hands_over_where_to_listen(echo: Path) -> None:
+    assert json.loads(make("serve", "BUNDLE=b b", python=echo).stdout) == ["-m", "runtimes.serve", "--", "b b"]
+    done = make("serve", "BUNDLE=b", "ADDRESS=::", "PORT=0", "KEY_ENV=K", python=echo)
+    assert json.loads(done.stdout)[2:] == ["--host=::", "--port=0", "--key-env=K", "--", "b"]
+
+
+@pytest.mark.parametrize(
+    "action", ["ask", "serve", "verify", "export-android", "quality", "confidence", "search", "run-device"]
+)
 def test_make_says_what_is_missing(action: str, echo: Path) -> None:
     done = make(action, python=echo)
     assert done.returncode != 0

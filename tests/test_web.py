@@ -321,7 +321,10 @@ def ask_prompts(
     """What the page's prompt.js makes of chats and of streams of tokens."""
     parts = [
         [
-            {"role": m.role, "parts": [p if isinstance(p, str) else {"rows": p.rows, "cols": p.cols} for p in m.parts]}
+            {
+                "role": m.role,
+                "parts": [{"rows": p.rows, "cols": p.cols} if isinstance(p, ImagePart) else p for p in m.parts],
+            }
             for m in chat
         ]
         for chat in chats
