@@ -46,10 +46,11 @@ def chat_body(question: Question, offer: Offer, encoded: Sequence[Encoded], *, m
         encoded: the question's images.
         minimal: leave away all that some provider may refuse.
     """
-    content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
+    content: list[dict[str, Any]] = []
     for image in encoded:
         url = "data:image/jpeg;base64," + base64.b64encode(image.data).decode("ascii")
         content.append({"type": "image_url", "image_url": {"url": url}})
+    content.append({"type": "text", "text": question.text})  # last, as the models here are trained to read it
     messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
     messages.append({"role": "user", "content": content if encoded else question.text})
     body: dict[str, Any] = {

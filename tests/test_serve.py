@@ -15,7 +15,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import pytest
 from PIL import Image
 
 import runtimes.api
+from router_client.client import Delta, Done, Router
+from router_client.policy import read_config
 from runtimes.api import Access, make_server
 from runtimes.ask import ask
 from runtimes.bundle import read_bundle
@@ -1122,6 +1124,50 @@ def test_a_bundle_that_cannot_be_used_is_exit_code_2(tmp_path: Path, capsys: pyt
     pending = make_bundle(tmp_path / "pending", proven=False).folder
     assert main([str(pending), "--port", "0"]) == 2
     assert "proof is pending" in capsys.readouterr().err
+
+
+def test_the_router_client_asks_a_device_by_configuration_alone(quick_bundle: Path, tmp_path: Path) -> None:
+    """It reads the picture that the router made anew, and says what that took."""
+    sample = ROOT / "demo" / "samples" / "form.png"
+    wanted = ask(quick_bundle, "What is the total?", [sample]).answer
+    with serving(open_chat(read_bundle(quick_bundle), vision=True)) as device:
+        (tmp_path / "router.toml").write_text(
+            f"""
+            state = "router.sqlite3"
+            [policy]
+            mode = "cloud_only"
+            [[backend]]
+            name = "device"
+            base_url = "{device.url}"
+            models = ["{NAME}"]
+            [[backend.offer]]
+            model = "{NAME}"
+            vision = true
+            context = 2048
+            usd_in = 0
+            usd_out = 0
+            """,
+            encoding="utf-8",
+        )
+        config = read_config(tmp_path / "router.toml")
+        router = Router(
+            backends=config.backends,
+            policy=config.policy,
+            budget=config.budget,
+            state=config.state,
+            privacy=replace(config.privacy, consent=lambda _: True),
+        )
+        *deltas, done = router.stream("What is the total?", [sample])
+        assert isinstance(done, Done)
+        answer = done.answer
+        assert "".join(d.text for d in deltas if isinstance(d, Delta)) == answer.text == wanted.text == "69.57"
+        receipt = answer.receipt
+        assert (receipt.source, receipt.model_served) == ("cloud", NAME)
+        assert (receipt.prompt_tokens, receipt.usage_source) == (wanted.prompt_tokens, "provider")
+        assert receipt.completion_tokens == len(wanted.ids)
+        assert receipt.egress
+        assert (receipt.cost_nano_usd, receipt.egress.images) == (0, 1)
+        assert "What" not in "".join(device.log)
 
 
 def guide() -> dict[str, list[str]]:
