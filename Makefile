@@ -38,7 +38,7 @@ test-devices: $(STAMP)  ## fake devices: adbd in a network namespace, sshd, ARM6
 	@$(PY) -m runtimes.native.build --target=linux-arm64 --emulator || true
 	@$(PY) -m pytest --devices tests/test_adb.py tests/test_arm64.py tests/test_ssh.py
 
-CLIENTS := $(addprefix tests/test_,$(addsuffix .py,report transformersjs web page kotlin swift))
+CLIENTS := $(addprefix tests/test_,$(addsuffix .py,report transformersjs web page serve video pdf kotlin swift))
 test-clients: $(STAMP)  ## what clients run: Node, headless Chromium, the server, Kotlin, Swift; fetches what it can, skips what is missing
 	@$(PY) -m tests.clients
 	@$(PY) -m pytest --clients $(CLIENTS)
