@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,6 +173,14 @@ def test_a_top_level_name_resolves_to_this_checkout(folder: str) -> None:
 def test_every_top_level_package_is_in_the_table() -> None:
     packages = {p.parent.name for p in ROOT.glob("*/__init__.py")}
     assert packages - {"tests"} == set(IMPORTS)
+
+
+def test_every_package_is_installed() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    files = [
+        file for folder in IMPORTS for file in (ROOT / folder).rglob("__init__.py") if "node_modules" not in file.parts
+    ]
+    assert set(declared) == {".".join(file.parent.relative_to(ROOT).parts) for file in files}
 
 
 @pytest.mark.parametrize("folder", IMPORTS)
