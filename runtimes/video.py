@@ -426,9 +426,7 @@ def _decode(
                 _check_size(frame.width, frame.height, where, limits)
                 if frame.is_corrupt:
                     raise VideoError(f"{where}: frame {decoded} is damaged")
-                rgb = frame.to_ndarray(format="rgb24").astype(
-                    np.uint8, copy=False
-                )  # which it is, whatever its type says
+                rgb: Rgb = frame.to_ndarray(format="rgb24")  # type: ignore[assignment]  # u8, whatever its type says
                 tiles.append(frame_tile(np.rot90(rgb, frame.rotation // 90), settings))
             decoded += 1
             if len(tiles) == len(indices):
