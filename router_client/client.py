@@ -210,7 +210,7 @@ class Router:
         except Exception as exc:  # noqa: BLE001 -- whatever the local engine raises
             signal, run.detail = "error", type(exc).__name__
         finally:
-            worker.stop.set()
+            worker.close()
         if not signal:
             run.local_finish = tokens[-1].finish if tokens else ""
             run.local_text = "".join(run.pieces)

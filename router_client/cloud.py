@@ -206,8 +206,8 @@ class Cloud:
             with closing(chat(exchange, begun.body, begun.token, self._policy, left_s, clock.now())) as pieces:
                 for piece in pieces:
                     yield from run.hand_out(piece)
-            if not run.pieces:
-                run.pieces = [exchange.chat.text]
+            if not "".join(run.pieces).strip():  # filed under reasoning
+                run.pieces[run.released :] = [exchange.chat.text]
             fault = None
             if not fits(run.question, exchange.chat.text):
                 fault = Fault("schema", "offer", maybe_billed=True)

@@ -21,7 +21,7 @@ __all__ = ["server", "setup"]  # fixtures
 
 WELL = [
     "ok", "ok_stream_A", "ok_stream_B", "comment", "data_nospace", "crlf", "utf8_split", "multi_line_data",
-    "reasoning_only", "model_key_first", "json_200",
+    "reasoning_only", "newline_then_reasoning", "model_key_first", "json_200",
 ]  # fmt: skip
 
 
@@ -57,7 +57,9 @@ FAULTS: dict[str, tuple[str, bool, str]] = {
     "json_empty_choices": ("truncated", True, "next"),
     "401": ("http_401", False, "none"),
     "401_html": ("http_401", False, "none"),
+    "401_cut": ("http_401", False, "none"),  # the status has said enough
     "402": ("http_402", False, "none"),
+    "402_stalls": ("http_402", False, "none"),
     "402_then_ok": ("http_402", False, "none"),
     "403": ("http_403", False, "none"),
     "403_org": ("http_403", False, "none"),
@@ -202,9 +204,13 @@ def test_no_usage_leaves_the_reservation_booked(setup: Setup) -> None:
 
 
 def test_a_whole_answer_does_not_wait_long_for_its_usage(setup: Setup) -> None:
-    answer = setup.ask("stall_after_finish", "alpha")
-    assert isinstance(answer, Answer)
-    assert answer.receipt.usage_source == "bound"
+    for scenario in ("stall_after_finish", "comments_after_finish"):
+        began = time.monotonic()
+        answer = setup.ask(scenario, "alpha")
+        assert time.monotonic() - began < SHORT.idle_s + 1
+        assert isinstance(answer, Answer)
+        assert answer.receipt.usage_source == "bound"
+        setup.state.unlink()
 
 
 def test_another_provider_than_asked_is_flagged_and_paid_at_its_price(setup: Setup) -> None:
