@@ -189,6 +189,9 @@ class Router:
             if name == "402_stalls":
                 self.stop.wait(STALL_S)
             return
+        if name == "503_wish_of_gamma":
+            fail(sock, 503, {"error": "x"}, {"retry-after": "50"} if provider == "gamma" else {})
+            return
         if name == "stall_before_headers":
             self.stop.wait(STALL_S)
             return

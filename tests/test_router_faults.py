@@ -163,6 +163,16 @@ def test_a_wish_to_wait_is_granted_if_there_is_time(setup: Setup, scenario: str,
     assert len(setup.server.chats) == 3
 
 
+def test_a_wish_to_wait_is_that_of_one_offer(setup: Setup) -> None:
+    setup.policy = replace(SHORT, deadline_s=60, max_attempts=3)
+    error = setup.ask("503_wish_of_gamma", "alpha", "gamma")
+    assert [a.offer.rpartition(":")[2] for a in error.receipt.attempts] == ["alpha", "gamma", "alpha"]
+    assert sum(setup.clock.slept) <= 0.25
+    setup.state.unlink()
+    error = setup.ask("503_wish_of_gamma", "gamma")  # which alone is waited for
+    assert setup.clock.slept[1:] == [pytest.approx(50, abs=1)]
+
+
 def test_an_image_too_large_is_sent_once_more_and_smaller(setup: Setup) -> None:
     assert isinstance(setup.ask("413_then_ok", "alpha", images=[png(800, 600)]), Answer)
     first, second = (len(r.body) for r in setup.server.chats)
@@ -308,6 +318,7 @@ def test_a_host_that_does_not_answer_costs_the_connect_deadline_and_nothing_else
     setup.server.port = port
     assert isinstance(error, RouterError)
     assert [a.outcome for a in error.receipt.attempts] == ["connect", "connect"]  # one more try, then no more
+    assert error.receipt.attempts[0].billed == "no"
     assert {e.state for e in setup.entries()[1:]} == {"released"}
 
 
