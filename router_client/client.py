@@ -95,6 +95,7 @@ class Router:
             more: other fields of `local.Question`.
 
         Raises:
+            ConfigError: for what cannot be asked.
             RouterError: without an answer; it has the receipt.
         """
         for event in self._events(question_of(text, images, more), escalate, None):

@@ -93,7 +93,7 @@ class Cloud:
             if made and not self._retries.take():
                 run.receipt.refused = "retry_budget"
                 return False
-            again = max(tries, planned.unreachable)
+            again = max(tries, planned.unreachable[offer.backend])
             if again and not self._wait(run, planned.wishes.get(offer.name, 0.0), again, share_s):
                 return False
             if run.left_s(share_s) < min(1.0, LEAST_LEFT * self._policy.deadline_s):
@@ -132,8 +132,8 @@ class Cloud:
             case "model":
                 planned.out |= {o.name for o in planned.offers if o.name in same and o.model == offer.model}
             case "network":
-                planned.unreachable += 1
-                planned.out |= same if planned.unreachable > 1 else set()
+                planned.unreachable[offer.backend] += 1
+                planned.out |= same if planned.unreachable[offer.backend] > 1 else set()
             case "offer":
                 again = fault.counts or fault.code == "http_429"
                 planned.out |= set() if again and fault.block_s < 600 else {offer.name}
@@ -195,12 +195,17 @@ class Cloud:
         except BudgetRefused as refused:
             raise AttemptFailed(Fault(refused.code, "offer", str(refused))) from None
         finally:
-            if entry is None or stop.is_set():  # not made, or nobody waits any more
-                for key in admitted:
-                    ledger.change_health(key, lambda h: breaker.withdraw(h, now), now)
-            if entry is not None and stop.is_set():
+            given_up = stop.is_set()  # nobody waits any more
+            if entry is None or given_up:
+                self._withdraw(admitted, now)
+            if entry is not None and given_up:
                 ledger.release(entry)
         return _Begun(offer, token, account, health, entry, bound, body)
+
+    def _withdraw(self, keys: Sequence[str], now: float) -> None:
+        """A call that was let through was not made."""
+        for key in keys:
+            self._ledger.change_health(key, lambda h: breaker.withdraw(h, now), now)
 
     def _send(self, run: Run, begun: _Begun, planned: Planned, share_s: float) -> Generator[Event, None, Fault | None]:
         """Sends what was begun; why it failed, or None with the answer in run.pieces."""
@@ -286,6 +291,8 @@ class Cloud:
     def _learn(self, begun: _Begun, exchange: Exchange, fault: Fault | None, wish_s: float, ms: float) -> None:
         """Remembers what an attempt says about the account, the model or the offer; nothing about anyone else."""
         now, change = self._clock.now(), self._ledger.change_health
+        if not exchange.sent:
+            self._withdraw((begun.account, begun.health), now)
         account_is_well = fault is None or fault.scope not in {"account", "network"}
         if exchange.headers and account_is_well:
             change(begun.account, breaker.unblock, now)

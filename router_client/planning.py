@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,8 +30,8 @@ class Planned:
     egress: Egress
     shrink: int = 1
     minimal: bool = False
-    unreachable: int = 0
     cools: int = 0
+    unreachable: Counter[str] = field(default_factory=Counter)  # of a backend: how often
     out: set[str] = field(default_factory=set)  # offers that are not asked again
     tries: dict[str, int] = field(default_factory=dict)
     wishes: dict[str, float] = field(default_factory=dict)  # of an offer: when it wants to be asked again, monotonic

@@ -29,10 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Policy:
-    """Who answers, and how long that may take. first_token_s begins with the first byte sent: an upload is part of it.
+    """Who answers, and how long that may take.
 
     escalate_on: in prefer_on_device, what sends a question on; of REASONS.
     max_p_wrong: a local answer that is more probably wrong than this is "low_confidence"; None: not judged.
+    first_token_s: from the first byte sent, so that the time of an upload is part of it.
     local_s: the local answer's own time, after which it is cancelled ("deadline"); None: all of deadline_s.
     holdback: pieces of text held back before the first one is handed out; until then any switch goes unseen.
     stream_failure: when an answer breaks after that: "terminate", or "restart" (a Reset event, then another answer).
@@ -191,8 +192,10 @@ class Backend:
         for offer in self.offers:
             named = f"{where}: offer {offer.model!r}"
             check(offer, named)
-            if offer.model not in self.models or not NAME.fullmatch(offer.provider or "own"):
-                raise ConfigError(f"{named}: want a model of {', '.join(self.models)} and a provider's plain name")
+            if offer.model not in self.models:
+                raise ConfigError(f"{named}: models does not list it, but {', '.join(self.models)}")
+            if not NAME.fullmatch(offer.provider or "own"):
+                raise ConfigError(f"{named}: provider is {offer.provider!r}, want letters, digits, and . _ - within")
             for name, least in (("context", 1), ("image_tokens", 1), ("price_in", 0), ("price_out", 0)):
                 number(named, name, getattr(offer, name), least, MOST_PRICE if least == 0 else MOST_TOKENS)
 
@@ -327,7 +330,7 @@ def _tables(values: Mapping[str, Any], key: str, where: str) -> list[dict[str, A
     """Copies of an array of tables."""
     rows = values.get(key, [])
     if not isinstance(rows, list):
-        raise ConfigError(f"{where}: {key} is no array of tables, want [[{key}]] or [[...{key}]] for each")
+        raise ConfigError(f"{where}: {key} is a {type(rows).__name__}, want an array of tables, in double brackets")
     return [_dict(row, f"{where}: {key}") for row in rows]
 
 
@@ -344,7 +347,8 @@ def _address(where: str, name: str, url: str) -> "SplitResult":
         parts = urlsplit(url)
         parts.port  # noqa: B018 -- read for its error
     except ValueError as exc:
-        raise ConfigError(f"{where}: {name} is no address: {'port' if 'ort' in str(exc) else 'malformed'}") from None
+        wanted = "a port up to 65535" if "ort" in str(exc) else "scheme://host"
+        raise ConfigError(f"{where}: {name} is no address, want {wanted}") from None
     return parts
 
 

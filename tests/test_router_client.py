@@ -313,13 +313,13 @@ def test_the_doctor_sees_a_missing_token_a_policy_that_leaves_nothing_and_a_mode
         ('max_usd_per_m = ["2", "4"]', "max_usd_per_m is"),
         ("max_usd_per_m = [nan, 4]", "max_usd_per_m is nan"),
         ('proxy = "proxy.corp:3128"', "proxy is no address that begins with"),
-        ('proxy = "http://user:s3cret@proxy.corp:99999"', "proxy is no address: port$"),
+        ('proxy = "http://user:s3cret@proxy.corp:99999"', "proxy is no address, want a port up to 65535$"),
         ('offer = ["m"]', "offer is 'm', want a table"),
         ('providers.alpha = "x"', "provider 'alpha' is 'x', want a table"),
-        ('[backend.offer]\nmodel = "m"', "offer is no array of tables"),
+        ('[backend.offer]\nmodel = "m"', "offer is a dict, want an array of tables"),
         ('[[backend.offer]]\nprovider = "m"', "offer: model is missing"),
-        ('[[backend.offer]]\nmodel = "m"', "offer 'm': want a model of test/ok"),
-        ('[[backend.offer]]\nmodel = "test/ok"\nprovider = "a\\u001b"', "a provider's plain name"),
+        ('[[backend.offer]]\nmodel = "m"', "offer 'm': models does not list it"),
+        ('[[backend.offer]]\nmodel = "test/ok"\nprovider = "a\\u001b"', r"provider is 'a\\x1b', want"),
         ('[[backend.offer]]\nmodel = "test/ok"\nusd_in = -1', "usd_in is -1, want USD"),
         ('[[backend.offer]]\nmodel = "test/ok"\nusd_out = "free"', "usd_out is 'free', want USD"),
         ('[[backend.offer]]\nmodel = "test/ok"\nimage_tokens = -1000', "image_tokens is -1000, want 1 or more"),
@@ -334,11 +334,17 @@ def test_a_configuration_is_refused_by_file_and_key(setup: Setup, line: str, wor
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('[backend]\nname = "own"\nbase_url = "http://127.0.0.1/v1"\nmodels = ["m"]', "backend is no array of tables"),
+        (
+            '[backend]\nname = "own"\nbase_url = "http://127.0.0.1/v1"\nmodels = ["m"]',
+            "backend is a dict, want an array of tables",
+        ),
         ('[[backend]]\nbase_url = "http://127.0.0.1/v1"\nmodels = ["m"]', "backend None: name is missing"),
         ('[[backend]]\nbase_url = "http://127.0.0.1/v1"\n[[backend.offer]]\nmodel = "m"', "name is missing"),
         ('[[backend]]\nname = "own"\nbase_url = "http://127.0.0.1/v1"\nmodels = [1]', r"models is \(1,\), want tuple"),
-        ('[[backend]]\nname = "own"\nbase_url = "http://127.0.0.1:99999/v1"\nmodels = ["m"]', "base_url is no .*port"),
+        (
+            '[[backend]]\nname = "own"\nbase_url = "http://127.0.0.1:99999/v1"\nmodels = ["m"]',
+            "base_url is no address, want a port",
+        ),
         ('[[backend]]\nname = "own"\nbase_url = "http://[::1/v1"\nmodels = ["m"]', "base_url is no address"),
         ("[[policy]]", r"policy is \[{}\], want a table"),
         ("[policy]\nmode = 1", "policy: mode is 1, want str"),
@@ -504,6 +510,16 @@ def test_the_configuration_of_the_readme_is_one(tmp_path: Path) -> None:
     assert config.backends[0].providers["together"].labels == config.privacy.require == {"zero_retention"}
     assert config.backends[1].offers[0].price_out == 0
     assert config.state == tmp_path / "router.sqlite3"
+
+
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it can with no bundle: everything it names is there, and is called as it is."""
+    section = (ROOT / "README.md").read_text("utf-8").partition("## Ask the marketplace")[2]
+    code, text = (section.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "toml"))
+    (tmp_path / "router.toml").write_text(text.replace('"prefer_on_device"', '"on_device_only"'), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RouterError, match=r"unavailable: .*smolvlm2"):
+        exec(code, {})
 
 
 def test_the_doctor_asks_again_after_a_refused_token(

@@ -306,7 +306,7 @@ def test_a_text_that_a_server_may_normalize_is_bounded_by_the_longer_form() -> N
     assert text_bytes(Question("\u1100\u1161")) == (6, 6)  # by which it gets no shorter
 
 
-def test_a_refusal_by_a_cap_leaves_the_probe_to_the_next(setup: Setup) -> None:
+def test_a_call_that_is_not_made_leaves_the_probe_to_the_next(setup: Setup) -> None:
     assert isinstance(setup.ask("402_then_ok", "alpha"), RouterError)
     setup.clock.at += 1801
     setup.budget = Budget(max_escalations=0)
@@ -314,6 +314,11 @@ def test_a_refusal_by_a_cap_leaves_the_probe_to_the_next(setup: Setup) -> None:
     assert isinstance(error, RouterError)
     assert error.code == "escalation_rate"
     setup.budget = Budget()
+    setup.backend["proxy"] = "http://127.0.0.1:9"  # nobody listens there
+    error = setup.ask("402_then_ok")
+    assert isinstance(error, RouterError)
+    assert error.code == "connect"
+    del setup.backend["proxy"]
     assert isinstance(setup.ask("402_then_ok"), Answer)
 
 

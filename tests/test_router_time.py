@@ -261,6 +261,15 @@ def test_an_engine_that_never_pauses_is_stopped_at_the_deadline_and_waits_for_it
     events.close()
 
 
+def test_a_request_given_up_leaves_no_thread_behind(server: router_server.Router, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    policy = replace(POLICY, deadline_s=0.3)  # and the sockets' own limit is 6 s
+    error, _ = timed(lambda: fixed(server.base_url, tmp_path, policy, model="test/stall_before_headers").ask("What?"))
+    assert isinstance(error, RouterError)
+    time.sleep(0.3)
+    assert [t.name for t in set(threading.enumerate()) - before if t.name == "router"] == []
+
+
 def test_a_server_that_floods_waits_for_the_reader(server: router_server.Router, tmp_path: Path) -> None:
     """What a paused caller does not take stays with the server, and nothing goes on after the deadline."""
     policy = replace(POLICY, holdback=0, deadline_s=1)
