@@ -4,6 +4,7 @@ client.py is the story, planning.py (offers, consent) and cloud.py (reservation,
 stand on, in the order to read it:
 
     policy.py     what the owner allows: modes, caps, privacy, backends; and the configuration file
+    checks.py     that a dataclass's fields are what they are said to be
     local.py      the two-method protocol of the local leg, and the signals that its answer is not good enough
     confidence.py how probably a local answer is wrong, as fitted beforehand on the bundle that gave it
     run.py        one request under way; receipt.py: who answered, why, at what cost

@@ -89,6 +89,13 @@ def admit(health: Health, now: float) -> Health | None:
     return replace(health, since=now, until=now + _wait_s(health.trips)) if health.trips else health
 
 
+def withdraw(health: Health, now: float) -> Health:
+    """The state after a call was let through and then not made: the probe is another's."""
+    if health.probing:
+        health = replace(health, block_until=min(health.block_until, now))
+    return replace(health, until=min(health.until, now)) if health.trips else health
+
+
 def record(health: Health, ok: bool, now: float) -> Health:
     """The state after a call that says something about health."""
     if ok:

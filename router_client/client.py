@@ -95,6 +95,7 @@ class Router:
             more: other fields of `local.Question`.
 
         Raises:
+            ConfigError: for what cannot be asked.
             RouterError: without an answer; it has the receipt.
         """
         for event in self._events(question_of(text, images, more), escalate, None):
@@ -210,7 +211,7 @@ class Router:
         except Exception as exc:  # noqa: BLE001 -- whatever the local engine raises
             signal, run.detail = "error", type(exc).__name__
         finally:
-            worker.stop.set()
+            worker.close()
         if not signal:
             run.local_finish = tokens[-1].finish if tokens else ""
             run.local_text = "".join(run.pieces)

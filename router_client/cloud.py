@@ -57,7 +57,7 @@ class Cloud:
         self.market = market
         self._planner = Planner(market, policy, privacy, clock)
         self._policy, self._caps, self._ledger, self._clock = policy, caps, ledger, clock
-        self._retries = RetryBudget()
+        self._retries = RetryBudget(clock=clock.monotonic)
         self._slots = {b.name: threading.BoundedSemaphore(b.at_once) for b in market.backends.values()}
 
     def answer(self, run: Run, share_s: float) -> Generator[Event, None, bool]:
@@ -84,7 +84,8 @@ class Cloud:
         made = 0
         while True:
             open_to = [o for o in planned.offers if o.name not in planned.out]
-            offer = min(open_to, key=lambda o: planned.tries.get(o.name, 0), default=None)
+            order = lambda o: (planned.tries.get(o.name, 0), planned.wishes.get(o.name, 0.0))  # noqa: E731
+            offer = min(open_to, key=order, default=None)
             if offer is None or made >= self._policy.max_attempts:
                 run.receipt.refused = run.receipt.refused or "all_failed"
                 return False
@@ -92,7 +93,8 @@ class Cloud:
             if made and not self._retries.take():
                 run.receipt.refused = "retry_budget"
                 return False
-            if tries and not self._wait(run, planned.wish_s, tries, share_s):
+            again = max(tries, planned.unreachable[offer.backend])
+            if again and not self._wait(run, planned.wishes.get(offer.name, 0.0), again, share_s):
                 return False
             if run.left_s(share_s) < min(1.0, LEAST_LEFT * self._policy.deadline_s):
                 run.receipt.refused = "deadline"
@@ -112,9 +114,9 @@ class Cloud:
             if not self._goes_on(fault, offer, planned):
                 return False
 
-    def _wait(self, run: Run, wish_s: float, tries: int, share_s: float) -> bool:
-        """Before the same offer is asked again; False if there is no time for it."""
-        seconds = max(wish_s + 0.01 if wish_s else 0.0, full_jitter_s(tries - 1))
+    def _wait(self, run: Run, wish: float, tries: int, share_s: float) -> bool:
+        """Before the same offer or an unreachable host is asked again; False if there is no time for it."""
+        seconds = max(wish - self._clock.monotonic() + 0.01, full_jitter_s(tries - 1))
         if seconds >= run.left_s(share_s):
             return False
         self._clock.sleep(seconds)
@@ -130,8 +132,8 @@ class Cloud:
             case "model":
                 planned.out |= {o.name for o in planned.offers if o.name in same and o.model == offer.model}
             case "network":
-                planned.unreachable += 1
-                planned.out |= same if planned.unreachable > 1 else set()
+                planned.unreachable[offer.backend] += 1
+                planned.out |= same if planned.unreachable[offer.backend] > 1 else set()
             case "offer":
                 again = fault.counts or fault.code == "http_429"
                 planned.out |= set() if again and fault.block_s < 600 else {offer.name}
@@ -180,18 +182,30 @@ class Cloud:
         for key in (account, model_key(offer), health):  # another thread or process may have learnt something
             if code := breaker.reason(ledger.health(key), now):
                 raise AttemptFailed(Fault(code, "offer"))
-        for key in (account, health):
-            if not ledger.change_health(key, lambda h: breaker.admit(h, now), now):
-                raise AttemptFailed(Fault(breaker.reason(ledger.health(key), now) or "breaker_open", "offer"))
-        bound = bound_nano(offer, planned.size) or 0
+        bound = bound_nano(offer, planned.size) or 0  # without a price, which only an owner without caps allows
+        admitted: list[str] = []
+        entry = None
         try:
+            for key in (account, health):
+                if not ledger.change_health(key, lambda h: breaker.admit(h, now), now):
+                    raise AttemptFailed(Fault(breaker.reason(ledger.health(key), now) or "breaker_open", "offer"))
+                admitted.append(key)
             reason = run.receipt.reason
             entry = ledger.reserve(run.id, offer.name, bound, self._caps, now, reason=reason, consent=True)
         except BudgetRefused as refused:
             raise AttemptFailed(Fault(refused.code, "offer", str(refused))) from None
-        if stop.is_set():  # nobody waits any more
-            ledger.release(entry)
+        finally:
+            given_up = stop.is_set()  # nobody waits any more
+            if entry is None or given_up:
+                self._withdraw(admitted, now)
+            if entry is not None and given_up:
+                ledger.release(entry)
         return _Begun(offer, token, account, health, entry, bound, body)
+
+    def _withdraw(self, keys: Sequence[str], now: float) -> None:
+        """A call that was let through was not made."""
+        for key in keys:
+            self._ledger.change_health(key, lambda h: breaker.withdraw(h, now), now)
 
     def _send(self, run: Run, begun: _Begun, planned: Planned, share_s: float) -> Generator[Event, None, Fault | None]:
         """Sends what was begun; why it failed, or None with the answer in run.pieces."""
@@ -206,8 +220,8 @@ class Cloud:
             with closing(chat(exchange, begun.body, begun.token, self._policy, left_s, clock.now())) as pieces:
                 for piece in pieces:
                     yield from run.hand_out(piece)
-            if not run.pieces:
-                run.pieces = [exchange.chat.text]
+            if not "".join(run.pieces).strip():  # filed under reasoning
+                run.pieces[run.released :] = [exchange.chat.text]
             fault = None
             if not fits(run.question, exchange.chat.text):
                 fault = Fault("schema", "offer", maybe_billed=True)
@@ -227,10 +241,10 @@ class Cloud:
     ) -> None:
         """Books the money, and remembers what the attempt says. Raises nothing: what is reserved is spent."""
         receipt, offer = run.receipt, begun.offer
-        planned.wish_s = 0.0 if fault is None else fault.retry_after_s or 0.0
+        wish_s = 0.0 if fault is None else fault.retry_after_s or 0.0
         if fault is not None and fault.code == "http_429" and not fault.block_s:
-            planned.wish_s, planned.cools = COOL_S * 2.0**planned.cools, planned.cools + 1
-        wish_s = planned.wish_s
+            wish_s, planned.cools = COOL_S * 2.0**planned.cools, planned.cools + 1
+        planned.wishes[offer.name] = self._clock.monotonic() + wish_s if wish_s else 0.0
 
         def book(_: threading.Event) -> tuple[str, int, int]:
             billed, cost = self._book(begun, exchange, fault)
@@ -277,6 +291,8 @@ class Cloud:
     def _learn(self, begun: _Begun, exchange: Exchange, fault: Fault | None, wish_s: float, ms: float) -> None:
         """Remembers what an attempt says about the account, the model or the offer; nothing about anyone else."""
         now, change = self._clock.now(), self._ledger.change_health
+        if not exchange.sent:
+            self._withdraw((begun.account, begun.health), now)
         account_is_well = fault is None or fault.scope not in {"account", "network"}
         if exchange.headers and account_is_well:
             change(begun.account, breaker.unblock, now)

@@ -11,6 +11,7 @@ from router_client.local import Picture
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MOST_PIXELS = 64_000_000
+MOST_FILE_BYTES = 2**27
 LEAST_SIDE = 64
 
 
@@ -27,7 +28,25 @@ class Encoded:
     height: int
 
 
-def reencode(picture: Picture, *, max_side: int, quality: int, max_bytes: int) -> Encoded:
+def read_image(picture: Picture) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageRefusedError: for one that cannot be read, or is too large.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    try:
+        with picture.open("rb") as file:
+            data = file.read(MOST_FILE_BYTES + 1)
+    except (OSError, ValueError) as exc:
+        raise ImageRefusedError(f"the image file cannot be read: {type(exc).__name__}") from exc
+    if len(data) > MOST_FILE_BYTES:
+        raise ImageRefusedError(f"the image file has more than {MOST_FILE_BYTES} bytes")
+    return data
+
+
+def reencode(file: bytes, *, max_side: int, quality: int, max_bytes: int) -> Encoded:
     """Makes what may be sent of an image: the pixels, at most `max_side` long, in at most `max_bytes`.
 
     Raises:
@@ -39,8 +58,7 @@ def reencode(picture: Picture, *, max_side: int, quality: int, max_bytes: int) -
         raise ImageRefusedError("Pillow is not installed: an image is not sent as it is, with its metadata") from exc
     quiet("PIL")  # it logs metadata for debugging
     try:
-        source = io.BytesIO(picture if isinstance(picture, bytes) else picture.read_bytes())
-        with Image.open(source, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(file), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ImageRefusedError(f"image of {image.width} x {image.height}, want {MOST_PIXELS} pixels or fewer")
             upright = ImageOps.exif_transpose(image)
@@ -50,9 +68,9 @@ def reencode(picture: Picture, *, max_side: int, quality: int, max_bytes: int) -
                 upright.alpha_composite(seen)
                 upright = upright.convert("RGB")
             pixels = Image.frombytes("RGB", upright.size, upright.tobytes())  # pixels, and nothing that came along
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
-        if isinstance(exc, ImageRefusedError):
-            raise
+    except ImageRefusedError:
+        raise
+    except Exception as exc:  # broken metadata makes Pillow raise almost anything
         raise ImageRefusedError(f"not a readable {', '.join(FORMATS)} image: {type(exc).__name__}") from exc
     side = max_side
     while side >= LEAST_SIDE:

@@ -304,9 +304,10 @@ def _utc(now: float) -> datetime:
 
 
 def _sum(db: sqlite3.Connection, where: str, value: str | float) -> int:
-    query = f"SELECT COALESCE(SUM(nano_usd), 0) FROM entry WHERE state IN {SPENT} AND {where}"  # noqa: S608 -- constants
-    (total,) = db.execute(query, (value,)).fetchone()
-    return int(total)
+    halves = "COALESCE(SUM(nano_usd >> 32), 0), COALESCE(SUM(nano_usd & 4294967295), 0)"  # SQLite's sums may overflow
+    query = f"SELECT {halves} FROM entry WHERE state IN {SPENT} AND {where}"  # noqa: S608 -- constants
+    high, low = db.execute(query, (value,)).fetchone()
+    return (int(high) << 32) + int(low)
 
 
 def _parsed(text: str) -> Health:

@@ -5,12 +5,14 @@ probable it is that an answer is wrong; see `Policy.max_p_wrong` and `Router(p_w
 """
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+log = logging.getLogger("router_client")
 Picture = Path | bytes  # a file, or the bytes of one
 LONGEST_PERIOD = 32  # tokens of a repeated piece
 LEAST_REPEATED = 16  # tokens in all
@@ -19,7 +21,7 @@ TIMES = 4
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. `schema` is a JSON schema, `valid` whatever else an answer must fulfil."""
+    """What is asked. `schema` is a JSON schema; `valid` whatever else an answer must fulfil: to raise is to say no."""
 
     text: str = field(repr=False)
     images: tuple[Picture, ...] = field(default=(), repr=False)
@@ -95,30 +97,41 @@ def fits(question: Question, text: str) -> bool:
             return False
         if not matches(value, question.schema):
             return False
-    return question.valid is None or question.valid(text)
-
-
-def matches(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a value fulfils a JSON schema's type, enum, properties, required, items; no more is judged."""
-    kinds = schema.get("type")
-    if kinds is not None and not any(_is(value, k) for k in (kinds if isinstance(kinds, list) else [kinds])):
+    try:
+        return question.valid is None or bool(question.valid(text))
+    except Exception as exc:  # noqa: BLE001 -- the caller's function; one that reads a number fails on a word
+        log.info("the check of the answer raised: %s", type(exc).__name__)
         return False
-    if "enum" in schema and value not in schema["enum"]:
+
+
+def matches(value: Any, schema: object) -> bool:
+    """Whether a value fulfils a JSON schema's type, enum, properties, required, items; no more is judged."""
+    if not isinstance(schema, Mapping):
+        return schema is not False  # true and false are schemas too
+    kinds = schema.get("type")
+    if kinds is not None and not any(_is(value, k) for k in (kinds if isinstance(kinds, list | tuple) else [kinds])):
+        return False
+    if "enum" in schema and value not in _entries(schema["enum"]):
         return False
     if isinstance(value, dict):
-        named = schema.get("properties", {})
-        present = all(key in value for key in schema.get("required", ()))
+        named = schema.get("properties")
+        named = named if isinstance(named, Mapping) else {}
+        present = all(key in value for key in _entries(schema.get("required")))
         return present and all(matches(value[key], named[key]) for key in named if key in value)
-    if isinstance(value, list) and isinstance(schema.get("items"), Mapping):
+    if isinstance(value, list) and "items" in schema:
         return all(matches(item, schema["items"]) for item in value)
     return True
 
 
-def _is(value: object, kind: str) -> bool:
+def _entries(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _is(value: object, kind: object) -> bool:
     match kind:
         case "integer":
             return isinstance(value, int) and not isinstance(value, bool)
         case "number":
             return isinstance(value, int | float) and not isinstance(value, bool)
     types: dict[str, type] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-    return kind in types and isinstance(value, types[kind])
+    return isinstance(kind, str) and kind in types and isinstance(value, types[kind])

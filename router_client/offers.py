@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router_client.errors import DAY_S, HOUR_S
+from router_client.checks import check, number
+from router_client.errors import DAY_S, HOUR_S, ConfigError
 from router_client.stream import Usage
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w./+-]{0,127}", re.ASCII)
 OVERHEAD_TOKENS = 64  # of a chat template around the messages
 NOMINAL_IMAGE_TOKENS = 1024  # for comparing offers where nothing is known; never for a bound
 MOST_TOKENS = 10**8
+MOST_PRICE = 10**15  # a million USD per million tokens
 PARAMETERS = frozenset(["temperature", "stream_options", "response_format"])  # that a request does without
 
 
@@ -42,11 +44,11 @@ class Provider:
     source: str = ""
 
     def __post_init__(self) -> None:
+        check(self, "provider")
         if unknown := sorted(self.refuses - PARAMETERS):
-            raise ValueError(f"refuses has {unknown}, want of {sorted(PARAMETERS)}")
-        for name, least in (("max_side", 64), ("max_image_bytes", 4096)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} is {value}, want {least} or more")
+            raise ConfigError(f"provider: refuses has {unknown}, want of {sorted(PARAMETERS)}")
+        number("provider", "max_side", self.max_side, 64, math.inf)
+        number("provider", "max_image_bytes", self.max_image_bytes, 4096, math.inf)
 
 
 def read_providers(path: Path) -> dict[str, Provider]:
@@ -98,7 +100,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Size:
-    """What of a request decides its cost."""
+    """What of a request decides its cost. text_bytes: the most that a server can make of its text."""
 
     text_bytes: int
     images: int
@@ -115,14 +117,15 @@ def cost_nano(offer: Offer, usage: Usage) -> int | None:
 def bound_nano(offer: Offer, size: Size) -> int | None:
     """The most that a call can cost; None where nothing bounds it.
 
-    A token is at least a byte of text. Images count by the configured bound, or else as the offer's whole context.
+    A token is at least a byte of text, as sent or as a tokenizer may normalize it. Images count by the configured
+    bound, or else as the offer's whole context.
     """
     text = size.text_bytes + OVERHEAD_TOKENS
     tokens: int | None = text
     if size.images:
         tokens = None if offer.image_tokens is None else text + size.images * offer.image_tokens
     if tokens is None or (offer.context is not None and offer.context < tokens):
-        tokens = offer.context
+        tokens = 0 if offer.context is None and offer.price_in == 0 else offer.context  # however many, they are free
     return None if tokens is None else cost_nano(offer, Usage(tokens, size.max_tokens))
 
 
@@ -155,7 +158,10 @@ def refusal(offer: Offer, backend: "Backend", size: Size, required: frozenset[st
             f"data policy: {', '.join(sorted(required - offer.known.labels))} not known",
         ),
         (cap_nano is not None and cost_nano(offer, usage) is None, "price unknown"),
-        (cap_nano is not None and bound is None, "cost unbounded: neither image tokens nor context are known"),
+        (
+            cost_nano(offer, usage) is not None and bound is None,
+            "cost unbounded: neither image tokens nor context are known",
+        ),
         (
             cap_nano is not None and bound is not None and bound > cap_nano,
             f"may cost {bound} nano-USD, {cap_nano} allowed",

@@ -2,11 +2,11 @@
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from router_client.images import Encoded, ImageRefusedError, reencode
-from router_client.local import Picture
+from router_client.images import Encoded, ImageRefusedError, read_image, reencode
 from router_client.market import Market
 from router_client.offers import Offer, Size, bound_nano
 from router_client.policy import Plan, Policy, Privacy
@@ -24,16 +24,17 @@ class Planned:
     """What consent was given for, and how it is asked."""
 
     offers: list[Offer]
+    images: list[bytes] = field(repr=False)  # read once: a file may be changed meanwhile
     encoded: dict[Limits, list[Encoded]]
     size: Size
     egress: Egress
     shrink: int = 1
     minimal: bool = False
-    unreachable: int = 0
     cools: int = 0
-    wish_s: float = 0.0
+    unreachable: Counter[str] = field(default_factory=Counter)  # of a backend: how often
     out: set[str] = field(default_factory=set)  # offers that are not asked again
     tries: dict[str, int] = field(default_factory=dict)
+    wishes: dict[str, float] = field(default_factory=dict)  # of an offer: when it wants to be asked again, monotonic
 
 
 class Planner:
@@ -52,13 +53,15 @@ class Planner:
         def look(_: threading.Event) -> tuple[list[Offer], dict[str, str]]:
             return self._market.offers(size, lambda: run.left_s(share_s))
 
-        size = Size(text_bytes(question), len(question.images), question.max_tokens)
+        sent_bytes, most_bytes = text_bytes(question)
+        size = Size(most_bytes, len(question.images), question.max_tokens)
         encoded: dict[Limits, list[Encoded]] = {}
         try:
-            self._encode(run, encoded, (self._privacy.max_side, self._privacy.max_image_bytes), share_s)
+            images = within(lambda _: [read_image(picture) for picture in question.images], run.left_s(share_s))
+            self._encode(run, images, encoded, (self._privacy.max_side, self._privacy.max_image_bytes), share_s)
             offers, why = within(look, run.left_s(share_s))
             offers = offers[: self._policy.max_attempts]
-            uploads = [self._encode(run, encoded, self._limits(o, 1), share_s) for o in offers]
+            uploads = [self._encode(run, images, encoded, self._limits(o, 1), share_s) for o in offers]
         except ImageRefusedError as exc:
             receipt.refused, run.detail = "image", str(exc)
             return None
@@ -76,14 +79,14 @@ class Planner:
             len(largest),
             sum(len(e.data) for e in largest),
             tuple((e.width, e.height) for e in largest),
-            size.text_bytes,
+            sent_bytes,
             max(known) * self._policy.max_attempts if len(known) == len(bounds) else None,
         )
         if not self._agreed(run, plan, self._privacy.consent):
             receipt.refused = "consent"
             return None
         egress = Egress(plan.images, plan.image_bytes, plan.text_bytes, plan.dimensions)
-        return Planned(offers, encoded, size, egress)
+        return Planned(offers, images, encoded, size, egress)
 
     def encoded(self, run: Run, planned: Planned, offer: Offer, share_s: float) -> list[Encoded]:
         """The images as an offer gets them.
@@ -92,7 +95,7 @@ class Planner:
             ImageRefusedError: for what must not leave.
             TimeoutError: if that takes longer than there is time.
         """
-        return self._encode(run, planned.encoded, self._limits(offer, planned.shrink), share_s)
+        return self._encode(run, planned.images, planned.encoded, self._limits(offer, planned.shrink), share_s)
 
     def _agreed(self, run: Run, plan: Plan, consent: Callable[[Plan], bool]) -> bool:
         asked = self._clock.monotonic()
@@ -110,13 +113,15 @@ class Planner:
         side = min(side, offer.known.max_side or side)
         return side // shrink, min(size_bytes, offer.known.max_image_bytes or size_bytes) // shrink**2
 
-    def _encode(self, run: Run, made: dict[Limits, list[Encoded]], limits: Limits, share_s: float) -> list[Encoded]:
+    def _encode(
+        self, run: Run, images: list[bytes], made: dict[Limits, list[Encoded]], limits: Limits, share_s: float
+    ) -> list[Encoded]:
         """The images within limits, made once."""
         quality = self._privacy.jpeg_quality
-        for picture in run.question.images if limits not in made else ():
+        for image in images if limits not in made else ():
 
-            def one(_: threading.Event, picture: Picture = picture) -> Encoded:
-                return reencode(picture, max_side=limits[0], quality=quality, max_bytes=limits[1])
+            def one(_: threading.Event, image: bytes = image) -> Encoded:
+                return reencode(image, max_side=limits[0], quality=quality, max_bytes=limits[1])
 
             made[limits] = [*made.get(limits, []), within(one, run.left_s(share_s))]
         return made.setdefault(limits, [])

@@ -4,13 +4,17 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from router_client.errors import AttemptFailed, ConfigError, Fault
+from router_client.checks import check, number
+from router_client.errors import DAY_S, AttemptFailed, ConfigError, Fault
 from router_client.ledger import Caps, nano
-from router_client.offers import NAME, Offer, Provider, price
+from router_client.offers import MOST_PRICE, MOST_TOKENS, NAME, Offer, Provider, price
+
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
 
 MODES = ("on_device_only", "prefer_on_device", "prefer_cloud", "cloud_only")
 REASONS = frozenset(
@@ -18,7 +22,8 @@ REASONS = frozenset(
 )
 STREAM_FAILURES = ("terminate", "restart")
 SORTS = ("price", "latency", "throughput", "listed")
-PLAIN: dict[str, type] = {t.__name__: t for t in (bool, float, frozenset, int, str, tuple)}
+PROXIES = ("http", "https", "socks5", "socks5h")
+MOST_S = 86400.0  # of any deadline
 T = TypeVar("T")
 
 
@@ -28,6 +33,7 @@ class Policy:
 
     escalate_on: in prefer_on_device, what sends a question on; of REASONS.
     max_p_wrong: a local answer that is more probably wrong than this is "low_confidence"; None: not judged.
+    first_token_s: from the first byte sent, so that the time of an upload is part of it.
     local_s: the local answer's own time, after which it is cancelled ("deadline"); None: all of deadline_s.
     holdback: pieces of text held back before the first one is handed out; until then any switch goes unseen.
     stream_failure: when an answer breaks after that: "terminate", or "restart" (a Reset event, then another answer).
@@ -46,18 +52,16 @@ class Policy:
     stream_failure: str = "terminate"
 
     def __post_init__(self) -> None:
-        _among("mode", self.mode, MODES)
-        _among("stream_failure", self.stream_failure, STREAM_FAILURES)
+        check(self, "policy")
+        _among("policy: mode", self.mode, MODES)
+        _among("policy: stream_failure", self.stream_failure, STREAM_FAILURES)
         if unknown := self.escalate_on - REASONS:
-            raise ConfigError(f"escalate_on has {sorted(unknown)}, want of {sorted(REASONS)}")
+            raise ConfigError(f"policy: escalate_on has {sorted(unknown)}, want of {sorted(REASONS)}")
         for name in ("deadline_s", "connect_s", "first_token_s", "idle_s", "local_s"):
-            seconds = getattr(self, name)
-            if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
-                raise ConfigError(f"{name} is {seconds}, want seconds above 0")
-        if self.max_p_wrong is not None and not 0 <= self.max_p_wrong <= 1:
-            raise ConfigError(f"max_p_wrong is {self.max_p_wrong}, want 0 to 1")
-        if not 1 <= self.max_attempts <= 10 or self.holdback < 0:
-            raise ConfigError(f"max_attempts is {self.max_attempts}, holdback {self.holdback}, want 1 to 10, 0 or more")
+            number("policy", name, getattr(self, name), 0, MOST_S, above=True)
+        number("policy", "max_p_wrong", self.max_p_wrong, 0, 1)
+        number("policy", "max_attempts", self.max_attempts, 1, 10)
+        number("policy", "holdback", self.holdback, 0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,18 @@ class Budget:
     max_escalations: int | None = 20
     escalations_s: float = 3600.0
 
-    def caps(self) -> Caps:
-        """In nano-USD.
+    def __post_init__(self) -> None:
+        check(self, "budget")
+        number("budget", "max_escalations", self.max_escalations, 0, math.inf)
+        number("budget", "escalations_s", self.escalations_s, 0, 366 * DAY_S, above=True)
+        self.caps()
 
-        Raises:
-            ConfigError: for what is no amount.
-        """
+    def caps(self) -> Caps:
+        """In nano-USD."""
         names = ("per_request_usd", "per_day_usd", "per_month_usd")
-        request, day, month = (None if (v := getattr(self, name)) is None else nano(v, name) for name in names)
+        request, day, month = (
+            None if (v := getattr(self, name)) is None else nano(v, f"budget: {name}") for name in names
+        )
         return Caps(request, day, month, self.max_escalations, self.escalations_s)
 
 
@@ -116,11 +124,10 @@ class Privacy:
     require: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if not (64 <= self.max_side <= 8192 and 10 <= self.jpeg_quality <= 95 and self.max_image_bytes >= 4096):
-            raise ConfigError(
-                f"max_side {self.max_side}, jpeg_quality {self.jpeg_quality}, max_image_bytes {self.max_image_bytes}: "
-                "want 64 to 8192, 10 to 95, 4096 or more"
-            )
+        check(self, "privacy")
+        number("privacy", "max_side", self.max_side, 64, 8192)
+        number("privacy", "jpeg_quality", self.jpeg_quality, 10, 95)
+        number("privacy", "max_image_bytes", self.max_image_bytes, 4096, math.inf)
 
 
 @dataclass(frozen=True)
@@ -156,17 +163,20 @@ class Backend:
     allow_http: bool = False
 
     def __post_init__(self) -> None:
-        from urllib.parse import urlsplit  # slow to import
-
         where = f"backend {self.name!r}"
-        parts = urlsplit(self.base_url)
+        check(self, where)
+        parts = _address(where, "base_url", self.base_url)
+        proxy = None if self.proxy is None else _address(where, "proxy", self.proxy)
+        if proxy is not None and (proxy.scheme not in PROXIES or not proxy.hostname):
+            raise ConfigError(f"{where}: proxy is no address that begins with one of {', '.join(PROXIES)} and ://")
         if not NAME.fullmatch(self.name):
             raise ConfigError(f"{where}: want a name of letters, digits, and . _ - within")
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
             raise ConfigError(f"{where}: base_url is no http(s) address without a query")
         if parts.username or parts.password:
             raise ConfigError(f"{where}: base_url holds a user name or password; a token has a field of its own")
-        if parts.scheme == "http" and not self.allow_http and not _loopback(parts.hostname):
+        at_home = _loopback(parts.hostname) and (proxy is None or _loopback(proxy.hostname or ""))
+        if parts.scheme == "http" and not self.allow_http and not at_home:
             raise ConfigError(f"{where}: base_url is unencrypted; allow_http would allow that")
         if not self.models:
             raise ConfigError(f"{where}: models is empty: there is no default that costs money")
@@ -175,9 +185,19 @@ class Backend:
             raise ConfigError(f"{where}: bill_to is no name of an organization")
         if any(not NAME.fullmatch(model.replace(":", "-")) for model in self.models):
             raise ConfigError(f"{where}: models holds what is no name of a model")
-        for name in ("image_tokens", "at_once"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ConfigError(f"{where}: {name} is {number}, want 1 or more")
+        for limit in self.max_usd_per_m or ():
+            number(where, "max_usd_per_m", limit, 0, math.inf)
+        number(where, "image_tokens", self.image_tokens, 1, MOST_TOKENS)
+        number(where, "at_once", self.at_once, 1, 1000)
+        for offer in self.offers:
+            named = f"{where}: offer {offer.model!r}"
+            check(offer, named)
+            if offer.model not in self.models:
+                raise ConfigError(f"{named}: models does not list it, but {', '.join(self.models)}")
+            if not NAME.fullmatch(offer.provider or "own"):
+                raise ConfigError(f"{named}: provider is {offer.provider!r}, want letters, digits, and . _ - within")
+            for name, least in (("context", 1), ("image_tokens", 1), ("price_in", 0), ("price_out", 0)):
+                number(named, name, getattr(offer, name), least, MOST_PRICE if least == 0 else MOST_TOKENS)
 
     @property
     def host(self) -> str:
@@ -199,6 +219,8 @@ def read_token(backend: Backend) -> str:
         raise AttemptFailed(Fault("no_token", "account", "the token could not be read")) from None
     if not token:
         raise AttemptFailed(Fault("no_token", "account", "there is no token"))
+    if not isinstance(token, str):
+        raise AttemptFailed(Fault("bad_token", "account", "the token is no text"))
     if not (token.isascii() and token.isprintable() and " " not in token):
         raise AttemptFailed(Fault("bad_token", "account", "the token holds characters that no token has"))
     return token
@@ -233,8 +255,8 @@ def read_config(path: Path) -> Config:
     try:
         _known(values, {"state", "policy", "budget", "privacy", "backend"}, "the file")
         if not isinstance(values.get("state"), str):
-            raise ConfigError("state is missing: the file of the ledger")
-        backends = tuple(_backend(dict(b)) for b in values.get("backend", []))
+            raise ConfigError("state is missing, want the file of the ledger")
+        backends = tuple(_backend(b) for b in _tables(values, "backend", "the file"))
         if len({b.name for b in backends}) < len(backends):
             raise ConfigError("two backends have one name")
         return Config(
@@ -244,14 +266,18 @@ def read_config(path: Path) -> Config:
             backends,
             path.parent / Path(values["state"]).expanduser(),
         )
-    except (TypeError, ValueError, KeyError) as exc:
+    except (ValueError, RuntimeError) as exc:  # the latter of a home that is not known
         raise ConfigError(f"{path}: {exc}") from exc
 
 
 def _backend(values: dict[str, Any]) -> Backend:
     where = f"backend {values.get('name')!r}"
     env, file = values.pop("token_env", None), values.pop("token_file", None)
-    rows = values.pop("offer", [])
+    for key, value in (("token_env", env), ("token_file", file)):
+        if value is not None and not (isinstance(value, str) and value):
+            raise ConfigError(f"{where}: {key} is {value!r}, want a name")
+    rows = _tables(values, "offer", where)
+    values.pop("offer", None)
     if "token" in values or (env is not None and file is not None):
         raise ConfigError(f"{where}: a token comes by token_env or by token_file, which exclude each other")
     if env is not None:
@@ -261,29 +287,69 @@ def _backend(values: dict[str, Any]) -> Backend:
     offers = []
     for row in rows:
         _known(row, {"model", "provider", "vision", "context", "usd_in", "usd_out", "image_tokens"}, f"{where}: offer")
-        prices = {"price_in": price(row.pop("usd_in", None)), "price_out": price(row.pop("usd_out", None))}
-        offers.append(_table(Offer, {"backend": values["name"], **row, **prices}, f"{where}: offer"))
-    rows = values.pop("providers", {}).items()
-    providers = {name: _table(Provider, row, f"{where}: provider {name!r}") for name, row in rows}
+        for key, name in (("usd_in", "price_in"), ("usd_out", "price_out")):
+            if key in row:
+                stated = row.pop(key)
+                row[name] = price(stated)
+                if row[name] is None:
+                    raise ConfigError(
+                        f"{where}: offer: {key} is {stated!r}, want USD per million tokens, 0 to a million"
+                    )
+        offers.append(_table(Offer, {"backend": "", **row}, f"{where}: offer"))
+    known = _dict(values.pop("providers", {}), f"{where}: providers")
+    providers = {name: _table(Provider, row, f"{where}: provider {name!r}") for name, row in known.items()}
     return _table(Backend, {**values, "offers": tuple(offers), "providers": providers}, where)
 
 
-def _table(kind: type[T], values: Mapping[str, Any], where: str, omit: frozenset[str] | set[str] = frozenset()) -> T:
-    """A dataclass from a table; arrays become what the field is; false is None where a cap is meant."""
-    named = {f.name: str(f.type).removeprefix("<class '") for f in fields(kind) if f.name not in omit}  # type: ignore[arg-type]
-    _known(values, set(named), where)
+def _table(kind: type[T], values: object, where: str, omit: frozenset[str] | set[str] = frozenset()) -> T:
+    """A dataclass, which checks itself, from a table; arrays become what the field is; false lifts what may be None."""
+    known = {f.name: f for f in fields(kind) if f.name not in omit}  # type: ignore[arg-type]
+    found = _dict(values, where)
+    _known(found, set(known), where)
     made: dict[str, Any] = {}
-    for key, value in values.items():
-        first = re.split(r"\W", named[key])[0]
-        if isinstance(value, list) and first in {"frozenset", "tuple"}:
-            made[key] = PLAIN[first](value)
-        elif value is False and "None" in named[key]:
-            made[key] = None  # TOML has no null
-        elif first in PLAIN and type(value) is not PLAIN[first] and (first, type(value)) != ("float", int):
-            raise ConfigError(f"{where}: {key} is {value!r}, want {first}")
+    for key, value in found.items():
+        wanted = str(known[key].type)
+        if isinstance(value, list):
+            made[key] = frozenset(map(_plain, value)) if wanted.startswith("frozenset") else tuple(value)
         else:
-            made[key] = value
+            made[key] = None if value is False and "None" in wanted else value  # TOML has no null
+    for name, one in known.items():
+        if name not in made and one.default is MISSING and one.default_factory is MISSING:
+            raise ConfigError(f"{where}: {name} is missing")
     return kind(**made)
+
+
+def _dict(value: object, where: str) -> dict[str, Any]:
+    """A copy of a table."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is {value!r}, want a table")
+    return dict(value)
+
+
+def _tables(values: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    """Copies of an array of tables."""
+    rows = values.get(key, [])
+    if not isinstance(rows, list):
+        raise ConfigError(f"{where}: {key} is a {type(rows).__name__}, want an array of tables, in double brackets")
+    return [_dict(row, f"{where}: {key}") for row in rows]
+
+
+def _plain(value: object) -> object:
+    """What a set can hold; a table in it is refused by its kind."""
+    return repr(value) if isinstance(value, list | dict) else value
+
+
+def _address(where: str, name: str, url: str) -> "SplitResult":
+    """The parts of an address, which is not quoted: it may hold a password."""
+    from urllib.parse import urlsplit  # slow to import
+
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 -- read for its error
+    except ValueError as exc:
+        wanted = "a port up to 65535" if "ort" in str(exc) else "scheme://host"
+        raise ConfigError(f"{where}: {name} is no address, want {wanted}") from None
+    return parts
 
 
 def _known(values: Mapping[str, Any], names: set[str], where: str) -> None:

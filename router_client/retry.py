@@ -4,9 +4,11 @@ import math
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 BASE_S, CAP_S = 0.25, 4.0
+EARNED_S = 60.0  # in which a retry is earned
 MAX_WISH_S = 120.0  # a longer Retry-After is taken for a mistake, as the openai client does
 RATE_LIMIT = re.compile(r"(?:^|;)\s*([rt])\s*=\s*(\d{1,9})(?![\d.])")
 
@@ -49,15 +51,23 @@ def _sensible(seconds: float) -> float | None:
 
 
 class RetryBudget:
-    """Keeps a client from hammering when everything fails: a retry costs a whole token, a success earns a tenth."""
+    """Keeps a client from hammering when everything fails.
 
-    def __init__(self, most: float = 10.0) -> None:
+    A retry costs a whole token; a success earns a tenth and a minute one, so that an offer which is down for good
+    does not use up the retries of those who ask now and then.
+    """
+
+    def __init__(self, most: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.tokens = self.most = most
+        self._clock, self._at = clock, clock()
         self._lock = threading.Lock()
 
     def take(self) -> bool:
         """Whether another retry is allowed; pays for it."""
         with self._lock:
+            if passed := self._clock() - self._at:
+                self._at += passed
+                self.tokens = min(self.most, self.tokens + max(0.0, passed) / EARNED_S)
             if self.tokens < 1:
                 return False
             self.tokens -= 1

@@ -1,8 +1,8 @@
 """One HTTP request with its deadlines, and the thread that makes every deadline hold.
 
 Name resolution, TLS and servers that drip bytes have no deadline of their own, so a request runs in a thread that hands
-over what arrives, and the caller waits no longer than it may. An abandoned request sends nothing any more: before the
-first byte leaves, the thread asks whether it is still wanted. Connections are not kept: on one that a server has closed
+over what arrives, and the caller waits no longer than it may. An abandoned request sends nothing any more: the first
+byte leaves, or the request is given up, under one lock. Connections are not kept: on one that a server has closed
 meanwhile nobody can tell whether the request was billed.
 """
 
@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from router_client.errors import AttemptFailed, Fault, classify, quiet, scrub
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MOST_ERROR_BYTES = 2**16
 MOST_CATALOGUE_BYTES = 2**23
 AFTER_FINISH_S = 2.0  # that a whole answer waits for its usage
+AFTER_REFUSAL_S = 1.0  # that a refusal waits for its words: its status has said enough
 AFTER_S = 1.0  # the sockets' own limits come this much later: who waits decides which deadline has passed
 
 
@@ -50,7 +51,6 @@ class Head:
 
     status: int
     headers: dict[str, str]
-    close: Callable[[], None] = field(repr=False)
 
 
 Item = Ready | Sent | Head | bytes
@@ -65,6 +65,33 @@ class Exchange:
     sent: bool = False
     headers: dict[str, str] = field(default_factory=dict)
     ttft_ms: float | None = None
+    sock: socket.socket | None = field(default=None, repr=False)
+    _given_up: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def send(self) -> None:
+        """Called before the first byte leaves.
+
+        Raises:
+            Abandoned: if it must not.
+        """
+        with self._lock:
+            if self._given_up:
+                raise Abandoned
+            self.sent = True
+
+    def give_up(self) -> bool:
+        """From here on nothing begins to be sent; whether something was before."""
+        with self._lock:
+            self._given_up = True
+            return self.sent
+
+    def close(self) -> None:
+        """Ends it, whatever its thread waits for."""
+        self.give_up()
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
 
 
 class Wire:
@@ -92,7 +119,9 @@ class Wire:
                 self._client.close()
                 self._client = None
 
-    def _start(self, method: str, path: str, headers: dict[str, str], body: bytes, policy: Policy) -> Worker[Item]:
+    def _start(
+        self, method: str, path: str, headers: dict[str, str], body: bytes, policy: Policy, exchange: Exchange
+    ) -> Worker[Item]:
         url = self._backend.base_url.rstrip("/") + path
         read_s = max(policy.first_token_s, policy.idle_s)
 
@@ -103,10 +132,11 @@ class Wire:
             timeout = httpx2.Timeout(read_s + AFTER_S, connect=policy.connect_s + AFTER_S)
             put(Ready())
 
-            def trace(name: str, _info: Any) -> None:
+            def trace(name: str, info: Any) -> None:
+                if name.endswith(("connect_tcp.complete", "start_tls.complete")):
+                    exchange.sock = info["return_value"].get_extra_info("socket")
                 if name == "http11.send_request_headers.started":
-                    if stop.is_set():
-                        raise Abandoned
+                    exchange.send()
                     put(Sent())
 
             more = {"accept-encoding": "identity", **headers}
@@ -114,13 +144,7 @@ class Wire:
             with client.stream(
                 method, url, headers=more, content=body, timeout=timeout, extensions=extensions
             ) as reply:
-                sock = reply.extensions["network_stream"].get_extra_info("socket")
-
-                def close() -> None:
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
-
-                put(Head(reply.status_code, {k.lower(): v for k, v in reply.headers.items()}, close))
+                put(Head(reply.status_code, {k.lower(): v for k, v in reply.headers.items()}))
                 for data in reply.iter_raw():
                     if stop.is_set():
                         return
@@ -214,9 +238,9 @@ class Wire:
     ) -> Generator[Head | bytes, None, None]:
         """What arrives, each within its deadline."""
         chat = exchange.chat
-        worker = self._start(method, path, headers, body, policy)
-        close: Callable[[], None] = lambda: None  # noqa: E731
+        worker = self._start(method, path, headers, body, policy, exchange)
         limit = math.inf
+        refused = ended = False
         late = Fault("connect_timeout", "network")
         try:
             while True:
@@ -224,13 +248,14 @@ class Wire:
                 try:
                     item = worker.next(min(wait_s, rest_s))
                 except TimeoutError:
-                    if chat.finish_reason:
-                        return  # the answer is whole; only its usage is missing
+                    if chat.finish_reason or refused:
+                        return  # the answer is whole, only its usage is missing; or a refusal's words are
+                    sent = exchange.give_up()
                     if rest_s < wait_s:
-                        late = Fault("deadline", "request", maybe_billed=exchange.sent)
-                    raise AttemptFailed(late) from None
+                        late = Fault("deadline", "request")
+                    raise AttemptFailed(replace(late, maybe_billed=sent)) from None
                 except Exception as exc:  # noqa: BLE001 -- whatever the client raises; it may quote what was sent
-                    if chat.finish_reason:
+                    if chat.finish_reason or refused:
                         return
                     raise AttemptFailed(_broken(exc, exchange)) from None
                 if item is None:
@@ -239,21 +264,20 @@ class Wire:
                     limit = time.monotonic() + policy.connect_s
                     continue
                 if isinstance(item, Sent):
-                    exchange.sent = True
                     limit = time.monotonic() + policy.first_token_s
-                    late = Fault("first_token_timeout", "offer", maybe_billed=True, counts=True)
+                    late = Fault("first_token_timeout", "offer", counts=True)
                     continue
-                if isinstance(item, Head):
-                    close = item.close
+                if isinstance(item, Head) and item.status >= 300:
+                    refused, limit = True, time.monotonic() + AFTER_REFUSAL_S
                 yield item
-                if chat.finish_reason:
-                    limit = time.monotonic() + min(AFTER_FINISH_S, policy.idle_s)
-                elif exchange.ttft_ms is not None:
+                if chat.finish_reason and not ended:  # once: comments may go on for long
+                    ended, limit = True, time.monotonic() + min(AFTER_FINISH_S, policy.idle_s)
+                elif not ended and exchange.ttft_ms is not None:
                     limit = time.monotonic() + policy.idle_s
-                    late = Fault("idle_timeout", "offer", maybe_billed=True, counts=True)
+                    late = Fault("idle_timeout", "offer", counts=True)
         finally:
-            worker.stop.set()
-            close()
+            worker.close()
+            exchange.close()
 
 
 def _check_head(head: Head) -> bool:

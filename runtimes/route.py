@@ -34,6 +34,7 @@ __all__ = [
     "receipt_text",
 ]
 
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 Consent = Callable[[Plan], bool]
 
 
@@ -100,6 +101,8 @@ def ask_routed(
 ) -> Answer:
     """One question; `on_text` gets the answer as it comes, and a line's end before another that replaces it.
 
+    What would command a terminal is left out of that: the text may be a stranger's. The answer returned is as it came.
+
     Raises:
         ConfigError, RouterError: without an answer.
     """
@@ -107,7 +110,7 @@ def ask_routed(
     for event in router.stream(question, images, max_tokens=length, temperature=heat):
         match event:
             case Delta(text):
-                on_text(text)
+                on_text(text.translate(CONTROLS))
             case Reset():
                 on_text("\n")
                 print("the answer above is void; another one begins", file=sys.stderr)

@@ -68,6 +68,9 @@ STREAMS: dict[str, bytes] = {
     "eof_no_finish": b"".join(map(event, START)),
     "done_no_finish": b"".join(map(event, [*START, "[DONE]"])),
     "reasoning_only": event({"choices": [{"delta": {"content": None, "reasoning": TEXT}}]}) + b"".join(map(event, END)),
+    "newline_then_reasoning": event(chunk("\n\n"))
+    + event({"choices": [{"delta": {"reasoning_content": TEXT}}]})
+    + b"".join(map(event, END)),
     "empty_choices": event({"choices": []}) + event("[DONE]"),
 }
 
@@ -181,6 +184,14 @@ class Router:
         if name in ERRORS:
             fail(sock, *ERRORS[name])
             return
+        if name in {"402_stalls", "401_cut"}:
+            sock.sendall(head(int(name[:3]), {"content-length": "500"}) + b'{"error": "no')
+            if name == "402_stalls":
+                self.stop.wait(STALL_S)
+            return
+        if name == "503_wish_of_gamma":
+            fail(sock, 503, {"error": "x"}, {"retry-after": "50"} if provider == "gamma" else {})
+            return
         if name == "stall_before_headers":
             self.stop.wait(STALL_S)
             return
@@ -205,6 +216,14 @@ class Router:
             case "stall_after_finish":
                 sock.sendall(chunked(b"".join(map(event, [*START, END[0]]))))
                 self.stop.wait(STALL_S)
+            case "comments_after_finish":
+                sock.sendall(chunked(b"".join(map(event, [*START, END[0]]))))
+                while not self.stop.wait(0.05):
+                    sock.sendall(chunked(b": keep-alive\n\n"))
+            case "flood":
+                while not self.stop.is_set():
+                    sock.sendall(chunked(event(chunk("ab")) * 500))
+                    self.counts["flooded"] += 1
             case "slow_drip":
                 for _ in range(int(STALL_S / 0.05)):
                     sock.sendall(chunked(event(chunk("a"))))

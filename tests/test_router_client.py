@@ -1,27 +1,38 @@
 """Modes, consent, hold-back, configuration, doctor and spend."""
 
+import base64
+import io
 import json
+import random
 import socket
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from router_client import doctor, spend
 from router_client.client import Answer, Delta, Done, Event, Reset, Router
 from router_client.errors import ConfigError, RouterError
-from router_client.images import ImageRefusedError, reencode
+from router_client.images import ImageRefusedError, read_image, reencode
 from router_client.ledger import Ledger
-from router_client.local import ContextTooLongError, Token
-from router_client.policy import REASONS, Backend, Budget, Policy, Privacy, read_config
+from router_client.local import ContextTooLongError, Question, Token, fits
+from router_client.offers import Offer, Provider
+from router_client.policy import REASONS, Backend, Budget, Plan, Policy, Privacy, read_config
+from runtimes.generate import Sampling
+from runtimes.route import ask_routed
 from tests import router_server
 from tests.router_server import SECRET, TEXT
-from tests.router_setup import SHORT, Here, Setup, png, server, setup
+from tests.router_setup import COST, SHORT, Here, Setup, png, server, setup
 
 __all__ = ["server", "setup"]  # fixtures
 ROOT = Path(__file__).resolve().parent.parent
+OWN = '[[backend]]\nname = "own"\nbase_url = "http://127.0.0.1/v1"\nmodels = ["m"]\n'
 STOP = Token("", finish="stop")
 BAD: dict[str, Here] = {
     "unavailable": Here(why="still loading"),
@@ -141,8 +152,81 @@ def test_what_leaves_has_no_metadata_and_addresses_are_refused() -> None:
     assert b"Exif" not in encoded.data
     with pytest.raises(ImageRefusedError, match="not a readable"):
         reencode(b"GIF89a", max_side=100, quality=85, max_bytes=10**6)
+    with pytest.raises(ImageRefusedError, match="cannot be read: FileNotFoundError"):
+        read_image(Path("none.png"))
     with pytest.raises(ConfigError, match="an address would"):
         Router(local=Here()).ask("What?", ["https://x.example/a.png"])  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what is broken
+def test_an_image_with_broken_metadata_is_refused_and_nothing_else_is_raised() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x8825] = 6, "home", {1: "N", 2: (1.0, 2.0, 3.0)}
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG", exif=exif)
+    good, dice, causes = out.getvalue(), random.Random(1), set()
+    for _ in range(1500):
+        bad = bytearray(good)
+        for _ in range(dice.randint(1, 6)):
+            bad[good.index(b"Exif") + dice.randrange(150)] = dice.choice([0, 1, 2, 3, 5, 7, 10, 12, 255])
+        try:
+            reencode(bytes(bad), max_side=64, quality=80, max_bytes=2**20)
+        except ImageRefusedError as exc:
+            causes.add(type(exc.__cause__))
+    assert causes & {TypeError, AttributeError, struct.error}  # what Pillow raises of it
+
+
+def test_an_image_that_changes_meanwhile_leaves_as_it_was_shown(setup: Setup, tmp_path: Path) -> None:
+    path = tmp_path / "gauge.png"
+    path.write_bytes(png(800, 400))
+
+    def agree(plan: Plan) -> bool:
+        path.write_bytes(png(333, 777))
+        return plan.dimensions == ((800, 400),)
+
+    setup.privacy = Privacy(consent=agree)
+    assert isinstance(setup.ask("413_then_ok", "alpha", images=[path]), Answer)
+    sizes = []
+    for request in setup.server.chats:
+        url = json.loads(request.body)["messages"][-1]["content"][1]["image_url"]["url"]
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+            sizes.append(image.size)
+    assert sizes == [(800, 400), (512, 256)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"schema": {"enum": {1}}}, {"schema": {"x": float("nan")}}, {"schema": [1]}, {"schema": True},
+        {"max_tokens": "9"}, {"max_tokens": True}, {"max_tokens": 10**12}, {"system": b"x"}, {"temperature": object()},
+    ],
+)  # fmt: skip
+def test_a_question_that_cannot_be_sent_is_refused_at_once(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Router(local=Here()).ask("What?", **more)
+
+
+def test_a_check_that_raises_says_no_and_what_was_spent_is_booked(setup: Setup) -> None:
+    error = setup.ask("ok", "alpha", valid=lambda text: int(text) > 0)
+    assert isinstance(error, RouterError)
+    assert error.code == "schema"
+    assert [(e.state, e.nano_usd) for e in setup.entries()] == [("settled", COST)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"properties": {"a": True, "b": False}}, '{"a": 1}', '{"b": 1}'),
+        ({"items": {"type": ["integer", "null"]}}, "[1, null]", '["a"]'),
+        ({"type": "object", "properties": [1], "required": "a", "enum": 5}, None, "{}"),
+        ({"type": {"a": 1}}, None, "1"),
+    ],
+)
+def test_a_schema_of_any_shape_is_judged_without_an_error(
+    schema: dict[str, object], good: str | None, bad: str
+) -> None:
+    assert good is None or fits(Question("q", schema=schema), good)
+    assert not fits(Question("q", schema=schema), bad)
 
 
 def test_without_pillow_an_image_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,11 +309,104 @@ def test_the_doctor_sees_a_missing_token_a_policy_that_leaves_nothing_and_a_mode
         ("providers.alpha.max_side = 1", "max_side is 1"),
         ("at_once = 0", "at_once is 0"),
         ("[other]", "has other"),
+        ("max_usd_per_m = [2.0]", r"max_usd_per_m is \(2.0,\), want tuple\[float, float\]"),
+        ('max_usd_per_m = ["2", "4"]', "max_usd_per_m is"),
+        ("max_usd_per_m = [nan, 4]", "max_usd_per_m is nan"),
+        ('proxy = "proxy.corp:3128"', "proxy is no address that begins with"),
+        ('proxy = "http://user:s3cret@proxy.corp:99999"', "proxy is no address, want a port up to 65535$"),
+        ('offer = ["m"]', "offer is 'm', want a table"),
+        ('providers.alpha = "x"', "provider 'alpha' is 'x', want a table"),
+        ('[backend.offer]\nmodel = "m"', "offer is a dict, want an array of tables"),
+        ('[[backend.offer]]\nprovider = "m"', "offer: model is missing"),
+        ('[[backend.offer]]\nmodel = "m"', "offer 'm': models does not list it"),
+        ('[[backend.offer]]\nmodel = "test/ok"\nprovider = "a\\u001b"', r"provider is 'a\\x1b', want"),
+        ('[[backend.offer]]\nmodel = "test/ok"\nusd_in = -1', "usd_in is -1, want USD"),
+        ('[[backend.offer]]\nmodel = "test/ok"\nusd_out = "free"', "usd_out is 'free', want USD"),
+        ('[[backend.offer]]\nmodel = "test/ok"\nimage_tokens = -1000', "image_tokens is -1000, want 1 or more"),
+        ('[[backend.offer]]\nmodel = "test/ok"\ncontext = -5', "context is -5, want 1 or more"),
     ],
 )
 def test_a_configuration_is_refused_by_file_and_key(setup: Setup, line: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"router.toml: .*{words}"):
         read_config(config(setup, line))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '[backend]\nname = "own"\nbase_url = "http://127.0.0.1/v1"\nmodels = ["m"]',
+            "backend is a dict, want an array of tables",
+        ),
+        ('[[backend]]\nbase_url = "http://127.0.0.1/v1"\nmodels = ["m"]', "backend None: name is missing"),
+        ('[[backend]]\nbase_url = "http://127.0.0.1/v1"\n[[backend.offer]]\nmodel = "m"', "name is missing"),
+        ('[[backend]]\nname = "own"\nbase_url = "http://127.0.0.1/v1"\nmodels = [1]', r"models is \(1,\), want tuple"),
+        (
+            '[[backend]]\nname = "own"\nbase_url = "http://127.0.0.1:99999/v1"\nmodels = ["m"]',
+            "base_url is no address, want a port",
+        ),
+        ('[[backend]]\nname = "own"\nbase_url = "http://[::1/v1"\nmodels = ["m"]', "base_url is no address"),
+        ("[[policy]]", r"policy is \[{}\], want a table"),
+        ("[policy]\nmode = 1", "policy: mode is 1, want str"),
+        ("[budget]\nescalations_s = nan", "budget: escalations_s is nan, want above 0"),
+        ("[budget]\nescalations_s = -1", "budget: escalations_s is -1"),
+        ("[budget]\nescalations_s = 0", "budget: escalations_s is 0"),
+        ("[budget]\nmax_escalations = -1", "budget: max_escalations is -1, want 0 or more"),
+        ("[budget]\nper_day_usd = nan", "budget: per_day_usd is nan, want an amount"),
+        (OWN + "allow = [1]", r"allow is frozenset\(\{1\}\), want frozenset\[str\]"),
+        (OWN + "token_env = 5", "token_env is 5, want a name"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused_by_table_and_key(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "router.toml").write_text(f'state = "l"\n{text}\n', "utf-8")
+    with pytest.raises(ConfigError, match=f"router.toml: .*{words}"):
+        read_config(tmp_path / "router.toml")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Budget(escalations_s=float("nan")), "escalations_s is nan"),
+        (lambda: Budget(max_escalations=True), "max_escalations is True, want int"),
+        (lambda: Budget(per_day_usd=float("nan")), "per_day_usd is nan"),
+        (lambda: own(token=SECRET), "token is a str, want"),
+        (lambda: own(models=(1,)), "models is"),
+        (lambda: own(max_usd_per_m=(2.0,)), "max_usd_per_m is"),
+        (lambda: own(offers=(Offer("", "m", image_tokens=-1),)), "offer 'm': image_tokens is -1"),
+        (lambda: own(offers=(Offer("", "m", price_in=0.5),)), "offer 'm': price_in is 0.5"),  # type: ignore[arg-type]
+        (lambda: own(proxy="ftp://u:s3cret@p"), "proxy is no address"),
+        (lambda: own(proxy="http://proxy.corp:3128"), "base_url is unencrypted"),  # beyond this host
+        (lambda: Privacy(require="zero_retention"), "require is"),  # type: ignore[arg-type]
+        (lambda: Provider(labels=frozenset([1])), "labels is"),  # type: ignore[list-item]
+    ],
+)
+def test_what_is_built_in_python_is_checked_as_a_file_is(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        make()
+    assert SECRET not in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def own(**more: Any) -> Backend:
+    return Backend(**{"name": "own", "base_url": "http://127.0.0.1:1/v1", "models": ("m",), **more})
+
+
+def test_an_offer_without_a_price_is_asked_only_where_no_cap_is_set(setup: Setup) -> None:
+    setup.backend["offers"] = (Offer("", "test/ok", context=4096),)
+    error = setup.ask("ok")
+    assert isinstance(error, RouterError)
+    assert "price unknown" in str(error)
+    setup.budget = Budget(None, None, None)
+    assert isinstance(setup.ask("ok"), Answer)
+    assert setup.plans[-1].cost_bound_nano_usd is None
+
+
+def test_what_would_command_a_terminal_is_not_shown() -> None:
+    told = "ok\x1b]0;pwned\x07\x9b2J\r\n\tÜ ✓"
+    shown: list[str] = []
+    answer = ask_routed(Router(local=Here([Token(told), STOP])), "What?", [], Sampling(5), shown.append)
+    assert "".join(shown) == "ok]0;pwned2J\n\tÜ ✓"
+    assert answer.text == told
 
 
 def test_a_fixed_offer_needs_no_catalogue(setup: Setup) -> None:
@@ -242,13 +419,13 @@ def test_a_fixed_offer_needs_no_catalogue(setup: Setup) -> None:
     assert (received.model, "authorization" in received.headers) == ("test/ok", False)
 
 
-@pytest.mark.parametrize("token", ["tok\nen", "", "ä", f"{SECRET} {SECRET}"])
-def test_a_token_that_cannot_be_one_never_reaches_a_header(setup: Setup, token: str) -> None:
+@pytest.mark.parametrize("token", ["tok\nen", "", "ä", f"{SECRET} {SECRET}", SECRET.encode(), 5])
+def test_a_token_that_cannot_be_one_never_reaches_a_header(setup: Setup, token: object) -> None:
     setup.backend["token"] = lambda: token
     error = setup.ask("ok", "alpha")
     assert isinstance(error, RouterError)
     assert error.code == "no_offer"
-    assert not token or token not in str(error)
+    assert not token or str(token) not in str(error)
     assert not setup.server.received
 
 
@@ -333,6 +510,16 @@ def test_the_configuration_of_the_readme_is_one(tmp_path: Path) -> None:
     assert config.backends[0].providers["together"].labels == config.privacy.require == {"zero_retention"}
     assert config.backends[1].offers[0].price_out == 0
     assert config.state == tmp_path / "router.sqlite3"
+
+
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it can with no bundle: everything it names is there, and is called as it is."""
+    section = (ROOT / "README.md").read_text("utf-8").partition("## Ask the marketplace")[2]
+    code, text = (section.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "toml"))
+    (tmp_path / "router.toml").write_text(text.replace('"prefer_on_device"', '"on_device_only"'), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RouterError, match=r"unavailable: .*smolvlm2"):
+        exec(code, {})
 
 
 def test_the_doctor_asks_again_after_a_refused_token(

@@ -21,7 +21,7 @@ __all__ = ["server", "setup"]  # fixtures
 
 WELL = [
     "ok", "ok_stream_A", "ok_stream_B", "comment", "data_nospace", "crlf", "utf8_split", "multi_line_data",
-    "reasoning_only", "model_key_first", "json_200",
+    "reasoning_only", "newline_then_reasoning", "model_key_first", "json_200",
 ]  # fmt: skip
 
 
@@ -57,7 +57,9 @@ FAULTS: dict[str, tuple[str, bool, str]] = {
     "json_empty_choices": ("truncated", True, "next"),
     "401": ("http_401", False, "none"),
     "401_html": ("http_401", False, "none"),
+    "401_cut": ("http_401", False, "none"),  # the status has said enough
     "402": ("http_402", False, "none"),
+    "402_stalls": ("http_402", False, "none"),
     "402_then_ok": ("http_402", False, "none"),
     "403": ("http_403", False, "none"),
     "403_org": ("http_403", False, "none"),
@@ -161,6 +163,16 @@ def test_a_wish_to_wait_is_granted_if_there_is_time(setup: Setup, scenario: str,
     assert len(setup.server.chats) == 3
 
 
+def test_a_wish_to_wait_is_that_of_one_offer(setup: Setup) -> None:
+    setup.policy = replace(SHORT, deadline_s=60, max_attempts=3)
+    error = setup.ask("503_wish_of_gamma", "alpha", "gamma")
+    assert [a.offer.rpartition(":")[2] for a in error.receipt.attempts] == ["alpha", "gamma", "alpha"]
+    assert sum(setup.clock.slept) <= 0.25
+    setup.state.unlink()
+    error = setup.ask("503_wish_of_gamma", "gamma")  # which alone is waited for
+    assert setup.clock.slept[1:] == [pytest.approx(50, abs=1)]
+
+
 def test_an_image_too_large_is_sent_once_more_and_smaller(setup: Setup) -> None:
     assert isinstance(setup.ask("413_then_ok", "alpha", images=[png(800, 600)]), Answer)
     first, second = (len(r.body) for r in setup.server.chats)
@@ -202,9 +214,13 @@ def test_no_usage_leaves_the_reservation_booked(setup: Setup) -> None:
 
 
 def test_a_whole_answer_does_not_wait_long_for_its_usage(setup: Setup) -> None:
-    answer = setup.ask("stall_after_finish", "alpha")
-    assert isinstance(answer, Answer)
-    assert answer.receipt.usage_source == "bound"
+    for scenario in ("stall_after_finish", "comments_after_finish"):
+        began = time.monotonic()
+        answer = setup.ask(scenario, "alpha")
+        assert time.monotonic() - began < SHORT.idle_s + 1
+        assert isinstance(answer, Answer)
+        assert answer.receipt.usage_source == "bound"
+        setup.state.unlink()
 
 
 def test_another_provider_than_asked_is_flagged_and_paid_at_its_price(setup: Setup) -> None:
@@ -302,6 +318,7 @@ def test_a_host_that_does_not_answer_costs_the_connect_deadline_and_nothing_else
     setup.server.port = port
     assert isinstance(error, RouterError)
     assert [a.outcome for a in error.receipt.attempts] == ["connect", "connect"]  # one more try, then no more
+    assert error.receipt.attempts[0].billed == "no"
     assert {e.state for e in setup.entries()[1:]} == {"released"}
 
 

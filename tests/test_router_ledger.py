@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_client import breaker
-from router_client.breaker import Health, admit, block, health_of, reason, record
+from router_client.breaker import Health, admit, block, health_of, reason, record, withdraw
 from router_client.errors import DAY_S, ConfigError
 from router_client.ledger import CLOCK_FLOOR_S, BudgetRefused, Caps, Ledger, LedgerError, nano, windows
 
@@ -67,6 +67,16 @@ def test_each_cap_refuses_and_books_nothing(ledger: Ledger) -> None:
     assert len(ledger.entries()) == 4
     assert refused(ledger, -1) == "budget_request"
     assert refused(ledger, 2**63, Caps(None, None, None)) == "budget_request"
+
+
+def test_no_amount_locks_the_file(ledger: Ledger) -> None:
+    """What a provider's count may come to is more than SQLite can add up."""
+    free = Caps(None, None, None)
+    for n in range(5):
+        ledger.settle(ledger.reserve(f"r{n}", "o", 2**62, free, NOW), 2**70)
+    assert ledger.spent(NOW) == (5 * 2**62, 5 * 2**62)
+    assert refused(ledger, 1) == "budget_day"
+    assert refused(ledger, 1, free) == ""
 
 
 def test_the_escalation_rate_counts_requests_not_attempts(ledger: Ledger) -> None:
@@ -269,6 +279,15 @@ def test_a_block_ends_by_time_alone_and_a_longer_one_stays() -> None:
     assert reason(block(health, "gated", 500, NOW), NOW + 200) == "gated"
     assert reason(record(health, True, NOW), NOW) == "http_402"
     assert reason(health, NOW + 100) == reason(health, NOW - 1) == ""
+
+
+def test_a_probe_that_was_not_made_is_anothers() -> None:
+    for health in (block(Health(), "http_402", 10, NOW), failed(5)):
+        probing = admit(health, NOW + 60)
+        assert probing
+        assert reason(probing, NOW + 60)
+        assert not reason(withdraw(probing, NOW + 60), NOW + 60)
+    assert withdraw(Health(), NOW) == Health()
 
 
 def test_after_a_block_one_call_finds_out_for_all() -> None:

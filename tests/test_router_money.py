@@ -20,9 +20,10 @@ import pytest
 from router_client.client import Answer, Router
 from router_client.errors import RouterError, classify
 from router_client.ledger import Entry, Ledger
-from router_client.local import Token
+from router_client.local import Question, Token
 from router_client.offers import Offer, Provider, Size, bound_nano
 from router_client.policy import Backend, Budget, Policy, Privacy
+from router_client.request import text_bytes
 from tests import router_server
 from tests.router_server import SECRET, TEXT
 from tests.router_setup import COST, NOW, SHORT, Here, Setup, png, server, setup
@@ -282,6 +283,52 @@ def reported(setup: Setup, ask: Callable[[Router], object]) -> list[str]:
     with suppress(RouterError):
         ask(setup.router("503"))
     return [f"{r.source}{r.refused}" for r in setup.receipts]
+
+
+def test_a_cost_that_nothing_bounds_is_refused_also_without_caps(setup: Setup) -> None:
+    offer = Offer("", "test/eof_no_finish", vision=True, price_in=10**9, price_out=10**9)
+    setup.backend |= {"offers": (offer,), "image_tokens": None}
+    setup.budget = Budget(None, None, None)
+    error = setup.ask("eof_no_finish", images=[png()])
+    assert isinstance(error, RouterError)
+    assert "cost unbounded" in str(error)
+    assert not setup.server.chats
+    setup.backend["offers"] = (replace(offer, price_in=0, price_out=0),)  # however many tokens, they are free
+    setup.ask("eof_no_finish", images=[png()])
+    assert len(setup.server.chats) == 2
+    setup.backend["offers"] = (replace(offer, context=4096),)
+    setup.ask("eof_no_finish", images=[png()])
+    assert setup.entries()[-1].nano_usd == 4096 * 1000 + 256 * 1000  # what was cut off is booked as its worst case
+
+
+def test_a_text_that_a_server_may_normalize_is_bounded_by_the_longer_form() -> None:
+    assert text_bytes(Question("\ufdfa")) == (3, 33)
+    assert text_bytes(Question("\u1100\u1161")) == (6, 6)  # by which it gets no shorter
+
+
+def test_a_call_that_is_not_made_leaves_the_probe_to_the_next(setup: Setup) -> None:
+    assert isinstance(setup.ask("402_then_ok", "alpha"), RouterError)
+    setup.clock.at += 1801
+    setup.budget = Budget(max_escalations=0)
+    error = setup.ask("402_then_ok")
+    assert isinstance(error, RouterError)
+    assert error.code == "escalation_rate"
+    setup.budget = Budget()
+    setup.backend["proxy"] = "http://127.0.0.1:9"  # nobody listens there
+    error = setup.ask("402_then_ok")
+    assert isinstance(error, RouterError)
+    assert error.code == "connect"
+    del setup.backend["proxy"]
+    assert isinstance(setup.ask("402_then_ok"), Answer)
+
+
+def test_an_offer_that_is_down_for_good_does_not_use_up_the_retries_of_a_quiet_client(setup: Setup) -> None:
+    setup.server.offer("503", "alpha", "beta")
+    setup.budget = Budget(1, None, None, None)
+    router = setup.router("503")
+    for _ in range(25):
+        setup.clock.at += 120
+        assert router.ask("What?").text == TEXT
 
 
 def test_each_request_ends_in_one_receipt(setup: Setup) -> None:

@@ -255,7 +255,7 @@ def test_jitter_is_full_and_bounded() -> None:
 
 @given(st.lists(st.booleans()))
 def test_retries_are_paid_for_by_successes(steps: list[bool]) -> None:
-    budget = retry.RetryBudget()
+    budget = retry.RetryBudget(clock=lambda: 0.0)
     taken = 0
     for success in steps:
         if success:
@@ -264,6 +264,20 @@ def test_retries_are_paid_for_by_successes(steps: list[bool]) -> None:
             taken += budget.take()
     assert taken <= 10 + 0.1 * steps.count(True)
     assert 0 <= budget.tokens <= 10
+
+
+def test_retries_come_back_with_time() -> None:
+    now = 0.0
+    budget = retry.RetryBudget(clock=lambda: now)
+    assert [budget.take() for _ in range(11)] == [True] * 10 + [False]
+    now = 59.0
+    assert not budget.take()
+    now = 61.0
+    assert (budget.take(), budget.take()) == (True, False)
+    now = 10.0  # a clock set back gives none
+    assert not budget.take()
+    now = 10**6
+    assert [budget.take() for _ in range(11)] == [True] * 10 + [False]
 
 
 def test_threads_cannot_take_one_retry_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +289,7 @@ def test_threads_cannot_take_one_retry_twice(monkeypatch: pytest.MonkeyPatch) ->
                 time.sleep(0.001)
             return super().__getattribute__(name)
 
-    budget = Slow()
+    budget = Slow(clock=lambda: 0.0)
     with ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(lambda _: budget.take(), range(40))) == 10
     monkeypatch.setattr(budget, "_lock", nullcontext())  # without the lock the same would go wrong

@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,15 +21,16 @@ from router_client.ledger import Ledger
 from router_client.local import Question, Token
 from router_client.offers import Offer
 from router_client.policy import Backend, Policy, Privacy
+from router_client.worker import MOST_WAITING, Worker
 from tests import router_server
-from tests.router_server import SECRET, TEXT
+from tests.router_server import SECRET, TEXT, chunk, event
 from tests.router_setup import Here, server, setup
 
 __all__ = ["server", "setup"]  # fixtures
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S, MARGIN_S = 0.6, 0.25
 POLICY = Policy("cloud_only", connect_s=0.3, first_token_s=5, idle_s=5, deadline_s=DEADLINE_S)
-OFFERS = (Offer("", "test/ok", vision=True, context=4096, price_in=0, price_out=0),)
+OFFER = Offer("", "test/ok", vision=True, context=4096, price_in=0, price_out=0)
 
 
 def timed(call: Callable[[], object]) -> tuple[object, float]:
@@ -41,9 +43,16 @@ def timed(call: Callable[[], object]) -> tuple[object, float]:
     return result, time.monotonic() - began
 
 
-def fixed(base_url: str, tmp_path: Path, policy: Policy = POLICY, token: Callable[[], str] | None = None) -> Router:
+def fixed(
+    base_url: str,
+    tmp_path: Path,
+    policy: Policy = POLICY,
+    token: Callable[[], str] | None = None,
+    model: str = "test/ok",
+) -> Router:
     """A router with one offer that no catalogue is needed for."""
-    backend = Backend("b", base_url, ("test/ok",), token, OFFERS, image_tokens=1000)
+    offers = (replace(OFFER, model=model),)
+    backend = Backend("b", base_url, (model,), token, offers, image_tokens=1000)
     return Router(backends=[backend], policy=policy, privacy=Privacy(consent=lambda _: True), state=tmp_path / "ledger")
 
 
@@ -70,6 +79,34 @@ def test_a_name_that_is_not_resolved_costs_the_connect_deadline(
         assert {a.billed for a in error.receipt.attempts} == {"no"}
         assert took < 1.0 + MARGIN_S
     over.set()
+
+
+@pytest.mark.parametrize(("pause_s", "sent", "state"), [(0.15, 1, "uncertain"), (0.0, 0, "released")])
+def test_a_connection_that_comes_up_after_it_was_given_up_sends_nothing_or_is_booked_as_spent(
+    server: router_server.Router, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause_s: float, sent: int, state: str
+) -> None:
+    """The thread that waits is held up between its timeout and what it does then; the connection comes up meanwhile."""
+    real, taken = socket.getaddrinfo, Worker.next
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        time.sleep(0.35)
+        return real(*arguments, **more)
+
+    def held_up(worker: Worker[Any], timeout_s: float) -> Any:
+        try:
+            return taken(worker, timeout_s)
+        except TimeoutError:
+            time.sleep(pause_s)
+            raise
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr(Worker, "next", held_up)
+    router = fixed(server.base_url.replace("127.0.0.1", "localhost"), tmp_path, replace(POLICY, max_attempts=1))
+    error, _ = timed(lambda: router.ask("What?"))
+    time.sleep(0.2)
+    assert isinstance(error, RouterError)
+    assert (error.code, len(server.chats), states(tmp_path)) == ("connect_timeout", sent, [state])
+    assert error.receipt.attempts[0].billed == ("maybe" if sent else "no")
 
 
 @pytest.fixture
@@ -194,6 +231,57 @@ def test_an_engine_that_does_not_look_up_is_left_alone_at_the_deadline() -> None
     error, took = timed(lambda: Router(local=blind, policy=Policy(deadline_s=0.3)).ask("What?"))
     assert isinstance(error, RouterError)
     assert took < 0.3 + MARGIN_S
+
+
+@dataclass
+class Flood:
+    """A local leg that never pauses."""
+
+    given: int = 0
+
+    def available(self) -> str:
+        return ""
+
+    def stream(self, question: Question, stop: threading.Event) -> Iterator[Token]:
+        while not stop.is_set():
+            self.given += 1
+            yield Token(f" {self.given}")
+
+
+def test_an_engine_that_never_pauses_is_stopped_at_the_deadline_and_waits_for_its_reader() -> None:
+    flood = Flood()
+    error, took = timed(lambda: Router(local=flood, policy=Policy(deadline_s=0.3)).ask("What?"))
+    assert isinstance(error, RouterError)
+    assert took < 0.3 + MARGIN_S
+    flood = Flood()
+    events = Router(local=flood, policy=Policy(holdback=0)).stream("What?")
+    next(events)
+    time.sleep(0.2)
+    assert flood.given <= MOST_WAITING + 2
+    events.close()
+
+
+def test_a_request_given_up_leaves_no_thread_behind(server: router_server.Router, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    policy = replace(POLICY, deadline_s=0.3)  # and the sockets' own limit is 6 s
+    error, _ = timed(lambda: fixed(server.base_url, tmp_path, policy, model="test/stall_before_headers").ask("What?"))
+    assert isinstance(error, RouterError)
+    time.sleep(0.3)
+    assert [t.name for t in set(threading.enumerate()) - before if t.name == "router"] == []
+
+
+def test_a_server_that_floods_waits_for_the_reader(server: router_server.Router, tmp_path: Path) -> None:
+    """What a paused caller does not take stays with the server, and nothing goes on after the deadline."""
+    policy = replace(POLICY, holdback=0, deadline_s=1)
+    router = fixed(server.base_url, tmp_path, policy, model="test/flood")
+    events = router.stream("What?")
+    next(events)
+    time.sleep(0.7)
+    assert server.counts["flooded"] * len(event(chunk("ab")) * 500) < 40 * 2**20
+    error, took = timed(lambda: list(events))
+    assert isinstance(error, RouterError)
+    assert took < 0.3 + MARGIN_S
+    assert states(tmp_path) == ["uncertain"]
 
 
 def test_a_stream_that_is_left_stops_the_local_engine() -> None:
