@@ -39,7 +39,9 @@ def test_a_bare_environment_answers_a_question_about_an_image(python: Path, tiny
     Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
     question = [str(tiny_bundle), "--image", str(tmp_path / "red.png"), "--max-new-tokens", "4", "--json", "What?"]
     done = bare(python, "-X", "utf8", "-m", "runtimes.ask", *question)
-    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    said = done.stderr.splitlines()  # what the image takes, and what it took; no warning
+    assert (done.returncode, len(said)) == (0, 2), done.stderr
+    assert "image tokens; prompt of" in said[0]
     assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4
 
 
@@ -47,8 +49,26 @@ def test_a_bare_environment_executes_a_core_ml_bundle(python: Path, tiny_ios_bun
     Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
     question = [str(tiny_ios_bundle), "--image", str(tmp_path / "red.png"), "--max-new-tokens", "4", "--json", "What?"]
     done = bare(python, "-X", "utf8", "-m", "runtimes.ask", *question)
-    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    said = done.stderr.splitlines()  # what the image takes, and what it took; no warning
+    assert (done.returncode, len(said)) == (0, 2), done.stderr
+    assert "image tokens; prompt of" in said[0]
     assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4
+
+
+@pytest.mark.parametrize("extra", ["pdf", "video"])
+def test_a_bare_environment_names_the_extra_that_is_missing(
+    extra: str, python: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"%PDF-1.7")
+    done = bare(python, "-m", "runtimes.ask", str(tiny_bundle), f"--{extra}", str(tmp_path / "file"), "What?")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"pip install '.[{extra}]'" in done.stderr
+
+
+def test_a_bare_environment_serves_nothing_and_says_what_is_missing(python: Path, tiny_bundle: Path) -> None:
+    done = bare(python, "-m", "runtimes.serve", str(tiny_bundle), "--port", "0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "pip install '.[serve]'" in done.stderr
 
 
 def test_a_bare_environment_pulls_and_publishes(python: Path, tiny_bundle: Path, tmp_path: Path) -> None:
