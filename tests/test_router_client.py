@@ -188,7 +188,7 @@ def test_an_image_that_changes_meanwhile_leaves_as_it_was_shown(setup: Setup, tm
     assert isinstance(setup.ask("413_then_ok", "alpha", images=[path]), Answer)
     sizes = []
     for request in setup.server.chats:
-        url = json.loads(request.body)["messages"][-1]["content"][1]["image_url"]["url"]
+        url = json.loads(request.body)["messages"][-1]["content"][0]["image_url"]["url"]
         with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
             sizes.append(image.size)
     assert sizes == [(800, 400), (512, 256)]
