@@ -84,17 +84,16 @@ class Cloud:
         made = 0
         while True:
             open_to = [o for o in planned.offers if o.name not in planned.out]
-            order = lambda o: (planned.tries.get(o.name, 0), planned.wishes.get(o.name, 0.0))  # noqa: E731
-            offer = min(open_to, key=order, default=None)
+            offer = min(open_to, key=lambda o: (planned.tries[o.name], planned.wishes[o.name]), default=None)
             if offer is None or made >= self._policy.max_attempts:
                 run.receipt.refused = run.receipt.refused or "all_failed"
                 return False
-            tries = planned.tries.get(offer.name, 0)
+            tries = planned.tries[offer.name]
             if made and not self._retries.take():
                 run.receipt.refused = "retry_budget"
                 return False
             again = max(tries, planned.unreachable[offer.backend])
-            if again and not self._wait(run, planned.wishes.get(offer.name, 0.0), again, share_s):
+            if again and not self._wait(run, planned.wishes[offer.name], again, share_s):
                 return False
             if run.left_s(share_s) < min(1.0, LEAST_LEFT * self._policy.deadline_s):
                 run.receipt.refused = "deadline"

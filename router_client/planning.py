@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -33,8 +33,8 @@ class Planned:
     cools: int = 0
     unreachable: Counter[str] = field(default_factory=Counter)  # of a backend: how often
     out: set[str] = field(default_factory=set)  # offers that are not asked again
-    tries: dict[str, int] = field(default_factory=dict)
-    wishes: dict[str, float] = field(default_factory=dict)  # of an offer: when it wants to be asked again, monotonic
+    tries: Counter[str] = field(default_factory=Counter)
+    wishes: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # when it is to be asked again
 
 
 class Planner:
